@@ -21,8 +21,7 @@ __all__ = ["ARCHITECTURES", "Architecture", "Block", "operations", "random_netwo
 
 @dataclass(frozen=True)
 class Block:
-    """An inverted-residual block; with expanded_channels == in_channels it has no expansion
-    convolution."""
+    """An inverted-residual block; without expansion where expanded_channels == in_channels."""
 
     kernel: int
     in_channels: int
@@ -43,8 +42,7 @@ class Architecture:
 
 
 def _parse(text: str) -> tuple[Block, ...]:
-    """Reads blocks written as `kernel in-mid-out stride[r]`, r for the identity residual, with `xN`
-    for repetitions."""
+    """Reads lines `kernel in-mid-out stride[r] [xN]`: r marks a residual, xN a repetition."""
     blocks: list[Block] = []
     for line in text.strip().splitlines():
         kernel, channels, stride, *repeat = line.split()
@@ -168,8 +166,8 @@ def operations(architecture: Architecture, feature_mix: bool = False) -> tuple[O
 def random_weights(
     graph: tuple[Operation, ...], rng: np.random.Generator
 ) -> tuple[NDArray[np.float32], ...]:
-    """He initialisation: variance 2 / fan-in where the layer's input was rectified, 1 / fan-in
-    where it was not.""" weights = []
+    """He initialisation: variance 2 / fan-in after a ReLU or ReLU6, 1 / fan-in elsewhere."""
+    weights = []
     for operation in graph:
         if operation.kind != "conv":
             continue
@@ -185,8 +183,8 @@ def random_weights(
 def random_network(
     architecture: Architecture, rng: np.random.Generator, feature_mix: bool = False
 ) -> Network:
-    """An untrained network: He-initialised weights, zero biases. For costs, speed and tests, which
-    do not need a trained one.""" graph = operations(architecture, feature_mix)
+    """An untrained network of He-initialised weights and zero biases, for costs, speed and tests."""
+    graph = operations(architecture, feature_mix)
     weights = random_weights(graph, rng)
     biases = tuple(np.zeros(len(weight), np.float32) for weight in weights)
     return Network(name=architecture.name, operations=graph, weights=weights, biases=biases)

@@ -125,8 +125,8 @@ def _refuse(index: int, operation: Operation, reason: str) -> NoReturn:
 def _output_shape(
     index: int, operation: Operation, shapes: list[tuple[int, int, int]]
 ) -> tuple[int, int, int]:
-    """Shape (H, W, C) of the output of operation `index`, given the shapes of the tensors before
-    it.""" o = operation
+    """Shape (H, W, C) of the output of operation `index`, given the shapes of earlier tensors."""
+    o = operation
     if o.kind not in KINDS:
         _refuse(index, o, f"kind: expected one of {', '.join(KINDS)}, got {o.kind!r}")
     expected_inputs = 2 if o.kind == "add" else 1
@@ -250,8 +250,8 @@ class Network:
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("classes: expected distinct names, got a repeated one")
         if self.prototypes is not None:
-            shape = (len(self.classes), self.feature_dim)
-            set_field(self, "prototypes", _frozen_array("prototypes", self.prototypes, shape))
+            expected = (len(self.classes), self.feature_dim)
+            set_field(self, "prototypes", _frozen_array("prototypes", self.prototypes, expected))
         elif self.classes:
             raise ValueError(f"prototypes: expected {len(self.classes)} rows, got None")
         if self.unknown_below is not None and not 0 <= self.unknown_below <= 1:
@@ -273,8 +273,11 @@ class Network:
         return Session(self, threads=threads).embed(images)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the network to a safetensors file, all or nothing. Raises OSError naming
-        `path`.""" from safetensors.numpy import save
+        """Writes the network to a safetensors file, whole or not at all.
+
+        Raises OSError naming `path`.
+        """
+        from safetensors.numpy import save
 
         tensors: dict[str, NDArray[Any]] = {}
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
@@ -331,8 +334,7 @@ class Network:
 
 
 def default_network() -> Network:
-    """The network shipped with the package: MCUNet trained by this project on miniImageNet's 64
-    training classes.
+    """The network in the package: MCUNet trained by this project on miniImageNet's 64 train classes.
 
     Raises FileNotFoundError when this installation does not hold the file.
     """
@@ -423,9 +425,7 @@ def _parse_description(metadata: Mapping[str, str] | None) -> dict[str, Any]:
         "name": _typed("name", description["name"], str),
         "operations": tuple(
             _operation_from_json(index, values)
-            for index, values in enumerate(
-                _typed("operations", description["operations"], list, MAX_OPERATIONS)
-            )
+            for index, values in enumerate(_typed("operations", description["operations"], list))
         ),
         "input_size": _typed("input_size", description["input_size"], int),
         "resize": _typed("resize", description["resize"], int),
@@ -462,12 +462,10 @@ def _check_keys(what: str, values: Mapping[str, Any], expected: set[str]) -> Non
         raise ValueError(f"{what}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
 
 
-def _typed(what: str, value: Any, kind: type, max_length: int | None = None) -> Any:
+def _typed(what: str, value: Any, kind: type) -> Any:
     # bool is an int to isinstance, never in a file
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{what}: expected {kind.__name__}, got {type(value).__name__}")
-    if max_length is not None and len(value) > max_length:
-        raise ValueError(f"{what}: expected at most {max_length}, got {len(value)}")
     return value
 
 
@@ -497,8 +495,8 @@ def _expected_tensors(fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _check_tensors(file: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compares the header of an open safetensors file with the tensors expected, reading no
-    data.""" names = set(file.keys())
+    """Compares the header of an open safetensors file with what is expected, reading no data."""
+    names = set(file.keys())
     missing, unknown = sorted(set(shapes) - names), sorted(names - set(shapes))
     if missing:
         raise ValueError(f"missing tensor {missing[0]!r} ({len(missing)} missing)")
