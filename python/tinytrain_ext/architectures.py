@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from .network import Network, Operation
 
-__all__ = ["ARCHITECTURES", "Architecture", "Block", "operations", "random_network"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Block",
+    "architecture_of",
+    "operations",
+    "random_network",
+    "random_weights",
+]
 
 
 @dataclass(frozen=True)
@@ -188,3 +196,11 @@ def random_network(
     weights = random_weights(graph, rng)
     biases = tuple(np.zeros(len(weight), np.float32) for weight in weights)
     return Network(name=architecture.name, operations=graph, weights=weights, biases=biases)
+
+
+def architecture_of(graph: tuple[Operation, ...]) -> Architecture | None:
+    """The architecture whose operations these are, with or without its feature mix, if any."""
+    for architecture in ARCHITECTURES.values():
+        if graph in (operations(architecture), operations(architecture, feature_mix=True)):
+            return architecture
+    return None
