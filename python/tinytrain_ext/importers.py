@@ -48,7 +48,7 @@ class _Dtype:
 
     def __init__(self, name: object, align: object = False, copy: object = False) -> None:
         if name not in _DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {name!r}")
+            raise ValueError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {name!r}")
         self.dtype = _DTYPES[name]
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
