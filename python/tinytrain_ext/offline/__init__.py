@@ -1,0 +1,1 @@
+"""The offline stage, on a server: trainable backbones, pre-training, evaluation. Needs PyTorch."""
