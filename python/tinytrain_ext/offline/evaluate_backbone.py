@@ -1,0 +1,128 @@
+"""Few-shot accuracy of a network as it is: episodes of nearest prototypes (Eq. 1), no adaptation.
+
+python -m tinytrain_ext.offline.evaluate_backbone NETWORK --data DIR --split FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..architectures import ARCHITECTURES, random_network
+from ..network import Network
+from ..protonet import compute_prototypes, cosine_logits
+from .backbones import embed
+from .image_cache import cached_images, default_cache_directory, list_images, read_split
+
+__all__ = ["Accuracy", "episode_accuracy", "main"]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Mean accuracy over episodes and the half-width of its 95 % confidence interval, per cent."""
+
+    mean: float
+    interval: float
+    ways: int
+    shots: int
+    queries: int
+    episodes: int
+
+
+def episode_accuracy(
+    features: NDArray[np.floating],
+    labels: NDArray[np.int64],
+    *,
+    ways: int,
+    shots: int,
+    episodes: int,
+    rng: np.random.Generator,
+    queries: int = 15,
+) -> Accuracy:
+    """Accuracy over random episodes: a query belongs to the prototype of largest cosine.
+
+    features: (N, m). labels: (N,). queries: per class; support and query are disjoint.
+
+    Raises ValueError when there are too few classes, or images in a class.
+    """
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    if len(members) < ways:
+        raise ValueError(f"ways: expected at most the {len(members)} classes, got {ways}")
+    smallest = min(map(len, members))
+    if smallest < shots + queries:
+        raise ValueError(
+            f"shots + queries: expected at most the {smallest} images of the smallest class, "
+            f"got {shots} + {queries}"
+        )
+    support = np.repeat(np.arange(ways), shots)
+    truth = np.repeat(np.arange(ways), queries)
+    accuracies = np.empty(episodes)
+    for episode in range(episodes):
+        classes = rng.choice(len(members), ways, replace=False)
+        chosen = np.stack([rng.choice(members[c], shots + queries, replace=False) for c in classes])
+        prototypes = compute_prototypes(features[chosen[:, :shots].ravel()], support, ways)
+        nearest = cosine_logits(features[chosen[:, shots:].ravel()], prototypes, 1.0).argmax(axis=1)
+        accuracies[episode] = 100 * np.mean(nearest == truth)
+    deviation = accuracies.std(ddof=1) if episodes > 1 else np.nan
+    interval = 1.96 * deviation / np.sqrt(episodes)
+    return Accuracy(float(accuracies.mean()), float(interval), ways, shots, queries, episodes)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints one JSON line per number of shots."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tinytrain_ext.offline.evaluate_backbone",
+        description="Few-shot accuracy of a network without adaptation.",
+    )
+    parser.add_argument(
+        "network",
+        help="a network file, or random:NAME for an untrained one "
+        f"(NAME: {', '.join(sorted(ARCHITECTURES))})",
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of class folders")
+    parser.add_argument("--split", type=Path, required=True, help="JSON {class folder: subset}")
+    parser.add_argument("--subset", default="test")
+    parser.add_argument("--ways", type=int, default=5)
+    parser.add_argument("--shots", type=int, nargs="+", default=[5, 1])
+    parser.add_argument("--queries", type=int, default=15, help="per class")
+    parser.add_argument("--episodes", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cache", type=Path, default=default_cache_directory())
+    options = parser.parse_args(arguments)
+
+    torch.set_num_threads(options.threads)
+    prefix, _, name = options.network.partition("random:")
+    if name and not prefix:
+        if name not in ARCHITECTURES:
+            parser.error(f"random: expected one of {', '.join(ARCHITECTURES)}, got {name!r}")
+        network = random_network(ARCHITECTURES[name], np.random.default_rng(options.seed))
+    else:
+        network = Network.load(options.network)
+    paths, labels = list_images(options.data, read_split(options.split, options.subset))
+    images = cached_images(paths, network.resize, network.input_size, options.cache)
+    features = embed(network, images)
+    for shots in options.shots:
+        accuracy = episode_accuracy(
+            features,
+            labels,
+            ways=options.ways,
+            shots=shots,
+            queries=options.queries,
+            episodes=options.episodes,
+            rng=np.random.default_rng(options.seed),
+        )
+        row = {"network": network.name, "subset": options.subset, **asdict(accuracy)}
+        sys.stdout.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
