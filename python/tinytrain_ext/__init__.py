@@ -1,39 +1,79 @@
-"""TinyTrain on the device: few-shot adaptation of small convolutional networks within a memory and
-compute budget (ICML 2024).
+"""TinyTrain on the device: few-shot adaptation of small convolutional networks (ICML 2024).
 
-Public names are resolved when first used, so that importing the package costs little and never
-imports PyTorch.
+Public names are resolved when first used, so that importing the package is cheap: it loads
+neither the native engine nor Pillow, and never PyTorch.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+# Not lazily: `adapt` is a module and a function, and the first import of the module would
+# otherwise put itself in the function's place.
+from .adapt import adapt, classify
+
+if TYPE_CHECKING:
+    from .cost import profile
+    from .errors import BudgetExceeded, ImageError, NonFiniteError
+    from .fisher import fisher_information
+    from .images import load_folder, load_image
+    from .importers import import_int8
+    from .network import Network, default_network
+    from .selection import (
+        Budget,
+        LayerUpdate,
+        UpdatePolicy,
+        full_train,
+        last_layer,
+        select,
+        sparse_update,
+    )
+    from .session import Session
+
+__all__ = [
+    "Budget",
+    "BudgetExceeded",
+    "ImageError",
+    "LayerUpdate",
+    "Network",
+    "NonFiniteError",
+    "Session",
+    "UpdatePolicy",
+    "adapt",
+    "classify",
+    "default_network",
+    "fisher_information",
+    "full_train",
+    "import_int8",
+    "last_layer",
+    "load_folder",
+    "load_image",
+    "profile",
+    "select",
+    "sparse_update",
+]
 
 _HOME = {
+    "Budget": "selection",
+    "BudgetExceeded": "errors",
+    "ImageError": "errors",
+    "LayerUpdate": "selection",
     "Network": "network",
+    "NonFiniteError": "errors",
+    "Session": "session",
+    "UpdatePolicy": "selection",
     "default_network": "network",
+    "fisher_information": "fisher",
+    "full_train": "selection",
     "import_int8": "importers",
+    "last_layer": "selection",
     "load_folder": "images",
     "load_image": "images",
-    "Budget": "selection",
-    "LayerUpdate": "selection",
-    "UpdatePolicy": "selection",
-    "select": "selection",
-    "full_train": "selection",
-    "last_layer": "selection",
-    "sparse_update": "selection",
     "profile": "cost",
-    "fisher_information": "fisher",
-    "adapt": "adapt",
-    "classify": "adapt",
-    "Session": "session",
-    "BudgetExceeded": "errors",
-    "NonFiniteError": "errors",
-    "ImageError": "errors",
+    "select": "selection",
+    "sparse_update": "selection",
 }
-
-__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
@@ -45,4 +85,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted({*globals(), *__all__})

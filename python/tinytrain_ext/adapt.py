@@ -1,0 +1,317 @@
+"""TinyTrain's online stage (Algorithm 1): adapt a network to a few labelled photos."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cost import Profile, inspected_layers, profile
+from .errors import BudgetExceeded, NonFiniteError
+from .fisher import FisherPass, fisher_pass
+from .images import draw_augmentation
+from .network import Network
+from .protonet import leave_one_out, probabilities, unknown_threshold
+from .selection import Budget, UpdatePolicy, select
+
+if TYPE_CHECKING:
+    from .session import Plan, Session
+
+__all__ = ["AdaptResult", "Classification", "Iteration", "adapt", "classify"]
+
+DEFAULT_LEARNING_RATE = {"adam": 3e-3, "momentum": 3e-2, "sgd": 1e-1}
+UNKNOWN = "unknown"
+# Photos whose features leave the engine at once: few, so that NumPy's memory stays small, too.
+CHUNK = 16
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One iteration of fine-tuning: mean loss and accuracy on its pseudo-query set."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True, eq=False)
+class Classification:
+    """What a network says about N photos.
+
+    labels: class names, or "unknown"; probabilities: (N,) of the best class; table: (N, ways),
+    of every class in the order of `Network.classes`.
+    """
+
+    labels: tuple[str, ...]
+    probabilities: NDArray[np.float64]
+    table: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptResult:
+    """An adapted network, and how it came about.
+
+    network: with its classes, prototypes and `unknown_below`; policy: what was trained;
+    fisher: of the selection, None where the policy was given; plan: the memory plan of
+    fine-tuning; arena_high_water: bytes of the engine's arena really touched, over all phases;
+    timings: seconds for "fisher", "selection", "embed" and "fine_tuning"; history: one entry an
+    iteration.
+    """
+
+    network: Network
+    policy: UpdatePolicy
+    fisher: FisherPass | None
+    plan: Plan
+    arena_high_water: int
+    timings: dict[str, float]
+    history: tuple[Iteration, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Planned peak of the arena over all phases."""
+        return max(self.plan.peak_bytes, self.fisher.plan.peak_bytes if self.fisher else 0)
+
+    def classify(self, images: NDArray[Any], threads: int = 1) -> Classification:
+        """`classify` with the adapted network."""
+        return classify(self.network, images, threads=threads)
+
+
+def adapt(
+    network: Network,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    *,
+    classes: Sequence[str] | None = None,
+    budget: Budget | None = None,
+    policy: UpdatePolicy | None = None,
+    ratio: float = 0.5,
+    iterations: int = 40,
+    optimizer: str = "adam",
+    learning_rate: float | None = None,
+    biases: bool = False,
+    threads: int = 1,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> AdaptResult:
+    """Adapts `network` to a support set within `budget` (Algorithm 1).
+
+    images: (N, H, W, 3) uint8, the support set; labels: (N,) int64 in 0..ways-1, every class at
+    least once; classes: names of the classes ("0", "1", ... by default).
+    budget: Budget() by default; with a given `policy`, which replaces Fisher information and
+    selection, no limit by default. ratio, biases: see `select`.
+    optimizer: "adam", "momentum" or "sgd"; learning_rate: 3e-3, 3e-2 or 1e-1 by default.
+    progress: called with (phase, done, total). The result depends on seed, not on threads.
+
+    Raises BudgetExceeded, naming the smallest budget that would do, before any training;
+    NonFiniteError when training diverges; ValueError and TypeError for inputs not as above.
+    `network` itself never changes, whatever is raised or interrupted.
+    """
+    from .session import Session  # here, so that importing the package does not load the engine
+
+    names = _checked_task(network, images, labels, classes)
+    count, ways = len(images), len(names)
+    if learning_rate is None:
+        learning_rate = default_learning_rate(optimizer)
+    if budget is None and policy is None:
+        budget = Budget()
+    memory_bytes = budget.memory_bytes if budget and budget.accounting == "planner" else None
+    report = progress or (lambda phase, done, total: None)
+    rng = np.random.default_rng(seed)
+    timings: dict[str, float] = {}
+    costs = profile(network)
+
+    fisher = None
+    if policy is None:
+        choose = partial(
+            select,
+            profile=costs,
+            ratio=ratio,
+            optimizer=optimizer,
+            biases=biases,
+            max_ways=ways,
+            threads=threads,
+        )
+        with _timed(timings, "fisher"):  # lines 1 and 2
+            try:
+                fisher = fisher_pass(
+                    network, images, labels, rng=rng, threads=threads, memory_bytes=memory_bytes
+                )
+            except BudgetExceeded as error:
+                raise _smallest_for_both(error, costs, budget, choose) from error
+        with _timed(timings, "selection"):  # lines 3 and 4
+            policy = choose(fisher.information, budget=budget)
+    elif budget is not None:
+        _check_compute(policy, costs, budget)
+
+    session = Session(
+        network,
+        policy,
+        optimizer=optimizer,
+        max_ways=ways,
+        keep_images=count,
+        threads=threads,
+        memory_bytes=memory_bytes,
+    )
+    with _timed(timings, "embed"):
+        session.set_prototypes(images, labels, ways, keep=True)
+    history: list[Iteration] = []
+    with _timed(timings, "fine_tuning"):  # lines 5 and 6
+        for iteration in range(iterations if policy.layers or policy.biases else 0):
+            pseudo_query = draw_augmentation(count, network.input_size, rng)
+            loss, correct = session.proto_backward(
+                images, labels, pseudo_query, scale=network.logit_scale, loss_weight=1 / count
+            )
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"iteration {iteration}: the loss is {loss}")
+            session.step(learning_rate)
+            session.zero_grad()
+            session.update_prototypes()
+            history.append(Iteration(loss / count, correct / count))
+            report("fine-tuning", iteration + 1, iterations)
+    return AdaptResult(
+        network=_with_classes(session, names, images, labels),
+        policy=policy,
+        fisher=fisher,
+        plan=session.plan,
+        arena_high_water=max(session.arena_high_water(), fisher.arena_high_water if fisher else 0),
+        timings=timings,
+        history=tuple(history),
+    )
+
+
+def classify(
+    network: Network,
+    images: NDArray[Any],
+    *,
+    unknown_below: float | None = None,
+    threads: int = 1,
+) -> Classification:
+    """Names the class of each photo by an adapted network (Algorithm 1, line 7).
+
+    images: (N, H, W, 3) uint8, or float32 already normalised; unknown_below: probability below
+    which a photo is "unknown", the network's own by default.
+    Raises ValueError when the network has not been adapted.
+    """
+    if network.prototypes is None:
+        raise ValueError(f"network {network.name!r}: has no classes; adapt it first")
+    threshold = network.unknown_below if unknown_below is None else unknown_below
+    features = network.embed(images, threads=threads).astype(np.float64)
+    table = probabilities(features, network.prototypes.astype(np.float64), network.logit_scale)
+    best = table.max(axis=1)
+    labels = tuple(
+        UNKNOWN if threshold is not None and probability < threshold else network.classes[index]
+        for index, probability in zip(table.argmax(axis=1), best, strict=True)
+    )
+    return Classification(labels, best, table)
+
+
+def default_learning_rate(optimizer: str) -> float:
+    """The learning rate chosen for the default budget on validation domains."""
+    if optimizer not in DEFAULT_LEARNING_RATE:
+        known = ", ".join(DEFAULT_LEARNING_RATE)
+        raise ValueError(f"optimizer: expected one of {known}, got {optimizer!r}")
+    return DEFAULT_LEARNING_RATE[optimizer]
+
+
+def _with_classes(
+    session: Session,
+    names: tuple[str, ...],
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+) -> Network:
+    """The session's network with its prototypes, and a threshold by leave-one-out."""
+    network = session.network()
+    means = session.prototypes()
+    counts = np.bincount(labels, minlength=len(names))
+    sure = [
+        leave_one_out(
+            session.embed(images[start : start + CHUNK]),
+            labels[start : start + CHUNK],
+            means,
+            counts,
+            network.logit_scale,
+        )
+        for start in range(0, len(images), CHUNK)
+    ]
+    norms = np.linalg.norm(means, axis=1, keepdims=True)
+    return network.replace(
+        classes=names,
+        prototypes=(means / np.where(norms > 0, norms, 1)).astype(np.float32),
+        unknown_below=unknown_threshold(np.concatenate(sure)),
+    )
+
+
+def _checked_task(
+    network: Network,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    classes: Sequence[str] | None,
+) -> tuple[str, ...]:
+    """The class names, once images and labels have been found sound."""
+    size = network.input_size
+    if images.dtype != np.uint8:
+        raise TypeError(f"images: expected uint8, got {images.dtype}")
+    if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+        raise ValueError(f"images: expected shape (N, {size}, {size}, 3), got {images.shape}")
+    if labels.dtype != np.int64:
+        raise TypeError(f"labels: expected int64, got {labels.dtype}")
+    if labels.shape != (len(images),):
+        raise ValueError(f"labels: expected shape ({len(images)},), got {labels.shape}")
+    ways = int(labels.max(initial=-1)) + 1
+    if ways < 2 or labels.min() < 0 or not np.bincount(labels).all():
+        raise ValueError("labels: expected 0 to ways - 1, at least two classes, none left out")
+    names = tuple(str(way) for way in range(ways)) if classes is None else tuple(classes)
+    if len(names) != ways:
+        raise ValueError(f"classes: expected {ways} names, got {len(names)}")
+    return names
+
+
+def _check_compute(policy: UpdatePolicy, costs: Profile, budget: Budget) -> None:
+    """Holds a given policy to what the engine does not check: compute, and the paper's memory."""
+    share = costs.compute_share(policy)
+    if share > budget.compute:
+        raise BudgetExceeded(
+            f"policy: expected a compute share of at most {budget.compute}, got {share:.6g}",
+            needed_compute=share,
+        )
+    needed = costs.memory_bytes(policy)
+    if budget.accounting == "paper" and needed > budget.memory_bytes:
+        raise BudgetExceeded(
+            f"policy: expected at most {budget.memory_bytes} bytes (paper accounting), "
+            f"got {needed}",
+            needed_bytes=needed,
+        )
+
+
+def _smallest_for_both(
+    error: BudgetExceeded,
+    costs: Profile,
+    budget: Budget | None,
+    choose: Callable[..., UpdatePolicy],
+) -> BudgetExceeded:
+    """The error of a Fisher pass that does not fit, naming a budget that carries selection, too."""
+    uniform = {
+        layer: np.ones(costs.layers[layer].out_channels)
+        for layer in inspected_layers(costs.network)
+    }
+    try:
+        choose(uniform, budget=dataclasses.replace(budget or Budget(), memory_bytes=1))
+    except BudgetExceeded as selection:
+        needed = max(error.needed_bytes or 0, selection.needed_bytes or 0)
+        message = f"Fisher pass: {error}; an adaptation needs at least {needed} bytes"
+        return BudgetExceeded(message, needed, selection.needed_compute)
+    return error
+
+
+@contextmanager
+def _timed(timings: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timings[phase] = time.perf_counter() - start

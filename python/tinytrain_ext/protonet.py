@@ -1,0 +1,145 @@
+"""Prototypes, their loss and its gradient (Eq. 1 of the paper; ProtoNet with cosine, as in PMF).
+
+A class's prototype is the mean of its support features; a photo's logits are scale * cosine to
+each prototype. Prototypes are constants to the gradient here. All functions work in the dtype of
+their features, float32 or float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "compute_prototypes",
+    "cosine_logits",
+    "leave_one_out",
+    "loss_and_gradient",
+    "probabilities",
+    "unknown_threshold",
+]
+
+UNKNOWN_MARGIN = 0.05
+
+
+def compute_prototypes(
+    features: NDArray[Any], labels: NDArray[np.int64], ways: int
+) -> NDArray[Any]:
+    """The L2-normalised mean feature of each class.
+
+    features: (N, m); labels: (N,) in 0..ways-1, every class at least once.
+    Returns (ways, m). Raises ValueError for a label out of range or a class without features.
+    """
+    labels = _checked_labels(labels, len(features), ways)
+    counts = np.bincount(labels, minlength=ways)
+    if not counts.all():
+        raise ValueError(f"labels: class {int(np.argmin(counts))} has no features")
+    sums = np.zeros((ways, features.shape[1]), features.dtype)
+    np.add.at(sums, labels, features)
+    return _normalised(sums / counts[:, None].astype(features.dtype))
+
+
+def cosine_logits(features: NDArray[Any], prototypes: NDArray[Any], scale: float) -> NDArray[Any]:
+    """(N, ways): scale * cos(f, c_k) of features (N, m) and prototypes (ways, m).
+
+    A zero vector has cosine 0 with everything.
+    """
+    logits: NDArray[Any] = _normalised(features) @ _normalised(prototypes).T
+    logits *= features.dtype.type(scale)
+    return logits
+
+
+def probabilities(features: NDArray[Any], prototypes: NDArray[Any], scale: float) -> NDArray[Any]:
+    """(N, ways): softmax of `cosine_logits`."""
+    return _softmax(cosine_logits(features, prototypes, scale))
+
+
+def loss_and_gradient(
+    features: NDArray[Any],
+    labels: NDArray[np.int64],
+    prototypes: NDArray[Any],
+    scale: float,
+) -> tuple[float, int, NDArray[Any]]:
+    """Summed cross-entropy of `cosine_logits` against labels (N,), and its gradient.
+
+    Returns the sum over images, the number of images classified correctly (the lower class wins a
+    tie), and the gradient (N, m) with respect to each feature.
+    """
+    labels = _checked_labels(labels, len(features), len(prototypes))
+    units, directions = _normalised(features), _normalised(prototypes)
+    factor = features.dtype.type(scale)
+    logits = units @ directions.T * factor
+    shifted = logits - logits.max(axis=1, keepdims=True, initial=-np.inf)
+    rows = np.arange(len(labels))
+    log_sums = np.log(np.exp(shifted).sum(axis=1))
+    loss = float((log_sums - shifted[rows, labels]).sum())
+    grad_logits = _softmax(logits)
+    grad_logits[rows, labels] -= 1
+    # d cos(f, c) / d f = (c - f cos(f, c)) / |f| for unit f and c on the right
+    along = grad_logits @ directions * factor
+    radial = (along * units).sum(axis=1, keepdims=True)
+    norms = np.linalg.norm(features, axis=1, keepdims=True)
+    safe = np.where(norms > 0, norms, 1)
+    gradient = np.where(norms > 0, (along - radial * units) / safe, 0)
+    correct = int((logits.argmax(axis=1) == labels).sum()) if len(labels) else 0
+    return loss, correct, gradient
+
+
+def leave_one_out(
+    features: NDArray[Any],
+    labels: NDArray[np.int64],
+    means: NDArray[Any],
+    counts: NDArray[np.int64],
+    scale: float,
+) -> NDArray[np.float64]:
+    """How sure support photos are recognised when their own class's prototype is made without them.
+
+    features: (N, m) of any part of the support set; labels: (N,); means, counts: mean feature
+    (ways, m) and number of photos (ways,) of each class over the whole support set.
+    Returns the best class's probability for those of the N photos that are recognised correctly;
+    photos that are alone in their class cannot be judged and are left out.
+    """
+    labels = _checked_labels(labels, len(features), len(means))
+    sums = means.astype(np.float64) * counts[:, None]
+    best = []
+    for feature, label in zip(features.astype(np.float64), labels, strict=True):
+        if counts[label] > 1:
+            others = sums.copy()
+            others[label] -= feature  # cosines look at directions: sums do as well as means
+            row = probabilities(feature[None], others, scale)[0]
+            if row.argmax() == label:
+                best.append(row.max())
+    return np.array(best, np.float64)
+
+
+def unknown_threshold(best: NDArray[np.float64]) -> float:
+    """The default probability below which a photo is "unknown", from `leave_one_out`.
+
+    The 5 % quantile: about one known photo in twenty is turned away. Zero, nothing is unknown,
+    where no support photo could be judged.
+    """
+    return float(np.quantile(best, UNKNOWN_MARGIN)) if len(best) else 0.0
+
+
+def _normalised(vectors: NDArray[Any]) -> NDArray[Any]:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    result: NDArray[Any] = vectors / np.where(norms > 0, norms, 1).astype(vectors.dtype)
+    return result
+
+
+def _softmax(logits: NDArray[Any]) -> NDArray[Any]:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
+    result: NDArray[Any] = powers / powers.sum(axis=1, keepdims=True)
+    return result
+
+
+def _checked_labels(labels: NDArray[np.int64], count: int, ways: int) -> NDArray[np.int64]:
+    if labels.shape != (count,):
+        raise ValueError(f"labels: expected shape {(count,)}, got {labels.shape}")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"labels: expected integers, got {labels.dtype}")
+    if count and not (labels.min() >= 0 and labels.max() < ways):
+        raise ValueError(f"labels: expected 0 to {ways - 1}, got {labels.min()} to {labels.max()}")
+    return labels
