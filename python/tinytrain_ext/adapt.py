@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cost import Profile, inspected_layers, profile
-from .errors import BudgetExceeded, NonFiniteError
+from .errors import BudgetExceeded
 from .fisher import FisherPass, fisher_pass
 from .images import draw_augmentation
 from .network import Network
@@ -29,8 +28,6 @@ __all__ = ["AdaptResult", "Classification", "Iteration", "adapt", "classify"]
 
 DEFAULT_LEARNING_RATE = {"adam": 3e-3, "momentum": 3e-2, "sgd": 1e-1}
 UNKNOWN = "unknown"
-# Photos whose features leave the engine at once: few, so that NumPy's memory stays small, too.
-CHUNK = 16
 
 
 @dataclass(frozen=True)
@@ -166,13 +163,14 @@ def adapt(
         for iteration in range(iterations if policy.layers or policy.biases else 0):
             pseudo_query = draw_augmentation(count, network.input_size, rng)
             loss, correct = session.proto_backward(
-                images, labels, pseudo_query, scale=network.logit_scale, loss_weight=1 / count
+                images, labels, pseudo_query, scale=network.logit_scale
             )
-            if not math.isfinite(loss):
-                raise NonFiniteError(f"iteration {iteration}: the loss is {loss}")
             session.step(learning_rate)
             session.zero_grad()
-            session.update_prototypes()
+            if session.kept:
+                session.update_prototypes()
+            else:
+                session.set_prototypes(images, labels, ways)
             history.append(Iteration(loss / count, correct / count))
             report("fine-tuning", iteration + 1, iterations)
     return AdaptResult(
@@ -227,23 +225,22 @@ def _with_classes(
     labels: NDArray[np.int64],
 ) -> Network:
     """The session's network with its prototypes, and a threshold by leave-one-out."""
-    network = session.network()
-    means = session.prototypes()
-    counts = np.bincount(labels, minlength=len(names))
+    network, prototypes = session.network(), session.prototypes()
+    # One photo at a time: only features of a single class leave the engine at once.
     sure = [
         leave_one_out(
-            session.embed(images[start : start + CHUNK]),
-            labels[start : start + CHUNK],
-            means,
-            counts,
+            np.concatenate(
+                [session.embed(images[n : n + 1]) for n in np.flatnonzero(labels == way)]
+            ),
+            way,
+            prototypes,
             network.logit_scale,
         )
-        for start in range(0, len(images), CHUNK)
+        for way in range(len(names))
     ]
-    norms = np.linalg.norm(means, axis=1, keepdims=True)
     return network.replace(
         classes=names,
-        prototypes=(means / np.where(norms > 0, norms, 1)).astype(np.float32),
+        prototypes=prototypes.astype(np.float32),
         unknown_below=unknown_threshold(np.concatenate(sure)),
     )
 

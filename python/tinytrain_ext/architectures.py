@@ -191,7 +191,7 @@ def random_weights(
 def random_network(
     architecture: Architecture, rng: np.random.Generator, feature_mix: bool = False
 ) -> Network:
-    """An untrained network of He-initialised weights and zero biases, for costs, speed and tests."""
+    """An untrained network with He-initialised weights, zero biases: for costs, speed, tests."""
     graph = operations(architecture, feature_mix)
     weights = random_weights(graph, rng)
     biases = tuple(np.zeros(len(weight), np.float32) for weight in weights)

@@ -108,7 +108,7 @@ class Profile:
         return math.ceil(activations) + state
 
     def grad_input_macs(self, policy: UpdatePolicy) -> int:
-        """dX: forward MACs of every convolution the gradient must pass to reach the first update."""
+        """dX: forward MACs of every convolution the gradient passes on its way to the updates."""
         reached = self._reached(_trained_layers(policy))
         operations = self.network.operations
         return sum(

@@ -27,4 +27,4 @@ class NonFiniteError(ArithmeticError):
 
 
 class ImageError(ValueError):
-    """A file is not an image this package reads, or is damaged; the message begins with its name."""
+    """A file is no image this package reads, or is damaged; the message begins with its name."""

@@ -31,11 +31,11 @@ __all__ = ["FisherPass", "fisher_information", "fisher_pass"]
 class FisherPass:
     """Fisher information and what it took.
 
-    information: {layer: (O,)} float32; plan: the engine's memory plan for it; arena_high_water:
+    information: {layer: (O,)} float64; plan: the engine's memory plan for it; arena_high_water:
     bytes of it really touched.
     """
 
-    information: dict[int, NDArray[np.float32]]
+    information: dict[int, NDArray[np.float64]]
     plan: Plan
     arena_high_water: int
 
@@ -49,7 +49,7 @@ def fisher_information(
     layers: Iterable[int] | None = None,
     threads: int = 1,
     memory_bytes: int | None = None,
-) -> dict[int, NDArray[np.float32]]:
+) -> dict[int, NDArray[np.float64]]:
     """Eq. 2 for each of `layers` (`inspected_layers` by default): {layer: (O,)}.
 
     images: (N, H, W, 3) uint8; labels: (N,) int64 in 0..ways-1, every class at least once;
@@ -90,10 +90,12 @@ def fisher_pass(
     )
     session.set_prototypes(images, labels, ways)
     augmentation = draw_augmentation(len(images), network.input_size, rng)
-    session.proto_backward(images, labels, augmentation, scale=network.logit_scale)
+    session.proto_backward(images, labels, augmentation, scale=network.logit_scale, loss_weight=1.0)
     sums = session.fisher()
     return FisherPass(
-        information={layer: sums[layer] / (2 * len(images)) for layer in sorted(sums)},
+        information={
+            layer: sums[layer].astype(np.float64) / (2 * len(images)) for layer in sorted(sums)
+        },
         plan=session.plan,
         arena_high_water=session.arena_high_water(),
     )

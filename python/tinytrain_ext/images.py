@@ -10,10 +10,11 @@ import logging
 import os
 import stat
 import struct
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -76,23 +77,19 @@ def load_image(
     Returns (input_size, input_size, 3) uint8, RGB. Raises OSError when the file cannot be read
     and ImageError, naming it, when it is not a sound JPEG or PNG or has too many pixels.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     if not 1 <= input_size <= resize:
         raise ValueError(f"input_size: expected 1 to resize = {resize}, got {input_size}")
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
             raise ImageError(f"{os.fspath(path)}: empty, or not a regular file")
         try:
-            with Image.open(file, formats=("JPEG", "PNG")) as image:
-                _check_pixels(image)
-                # Scaled by the decoder, but to no less than twice the size asked.
-                image.draft(None, (2 * resize, 2 * resize))
-                image.load()
-                small = _resample(_displayable(image), resize, input_size)
-                upright = _upright(small, _orientation(image))
-            return np.array(upright, np.uint8)
+            with warnings.catch_warnings():
+                # Pillow warns of damaged EXIF data, and of sizes for which we have our own cap.
+                warnings.simplefilter("ignore")
+                return _decode(file, resize, input_size)
         except MemoryError:
             raise
         # Pillow's decoders fail in many ways: OSError, SyntaxError, struct.error, ...
@@ -268,6 +265,18 @@ def apply_augmentation(
 def _visible(directory: Path) -> list[Path]:
     entries = (entry for entry in directory.iterdir() if not entry.name.startswith("."))
     return sorted(entries, key=lambda entry: entry.name)
+
+
+def _decode(file: BinaryIO, resize: int, input_size: int) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    with Image.open(file, formats=("JPEG", "PNG")) as image:
+        _check_pixels(image)
+        # Scaled by the decoder, but to no less than twice the size asked.
+        image.draft(None, (2 * resize, 2 * resize))
+        image.load()
+        small = _resample(_displayable(image), resize, input_size)
+        return np.array(_upright(small, _orientation(image)), np.uint8)
 
 
 def _check_pixels(image: Image) -> None:

@@ -195,9 +195,8 @@ def _convolution(
     if _field(where, values, "act", object) is not None:
         raise ValueError(f"{where}.act: expected None, got {values['act']!r}")
     params = _field(where, values, "params", dict)
-    where += ".params"
     # ReLU6 is not written down: it is where the quantised output range begins at zero.
-    rectified = _field(where, params, "y_zero", int) == -128
+    rectified = _field(f"{where}.params", params, "y_zero", int) == -128
     operation = Operation(
         kind="conv",
         inputs=(source,),
@@ -210,6 +209,7 @@ def _convolution(
         groups=_field(where, values, "groups", int),
         block=block,
     )
+    where += ".params"
     quantised = _array(where, params, "weight", np.int8)
     scales = _array(where, params, "w_scales", np.float32)
     bias = _array(where, params, "bias", np.int32)

@@ -17,11 +17,9 @@ import dataclasses
 import json
 import math
 import os
-import secrets
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -334,10 +332,12 @@ class Network:
 
 
 def default_network() -> Network:
-    """The network in the package: MCUNet trained by this project on miniImageNet's 64 train classes.
+    """The network in the package: MCUNet, trained by this project on miniImageNet's 64 classes.
 
     Raises FileNotFoundError when this installation does not hold the file.
     """
+    from importlib import resources
+
     with resources.as_file(resources.files(__package__) / DEFAULT_NETWORK) as path:
         if not path.is_file():
             raise FileNotFoundError(
@@ -354,14 +354,14 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     new one is complete.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.urandom(6).hex()}.tmp")
     try:
         try:
-            with open(temporary, "xb") as file:
+            with temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
+            temporary.replace(target)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -389,7 +389,7 @@ def _operation_to_json(operation: Operation) -> dict[str, Any]:
 
 def _check_sizes(path: Path) -> None:
     """Refuses a file whose size or header length is absurd, before anything is mapped or parsed."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("expected a regular file")

@@ -88,29 +88,22 @@ def loss_and_gradient(
 
 
 def leave_one_out(
-    features: NDArray[Any],
-    labels: NDArray[np.int64],
-    means: NDArray[Any],
-    counts: NDArray[np.int64],
-    scale: float,
+    features: NDArray[Any], way: int, prototypes: NDArray[Any], scale: float
 ) -> NDArray[np.float64]:
-    """How sure support photos are recognised when their own class's prototype is made without them.
+    """How sure the support photos of one class are recognised when its prototype lacks them.
 
-    features: (N, m) of any part of the support set; labels: (N,); means, counts: mean feature
-    (ways, m) and number of photos (ways,) of each class over the whole support set.
-    Returns the best class's probability for those of the N photos that are recognised correctly;
-    photos that are alone in their class cannot be judged and are left out.
+    features: (n, m) of all support photos of class `way`; prototypes: (ways, m) of all classes.
+    Returns the best class's probability for those of the n photos that are recognised correctly.
+    A photo that is alone in its class cannot be judged and is left out.
     """
-    labels = _checked_labels(labels, len(features), len(means))
-    sums = means.astype(np.float64) * counts[:, None]
+    features = features.astype(np.float64)
     best = []
-    for feature, label in zip(features.astype(np.float64), labels, strict=True):
-        if counts[label] > 1:
-            others = sums.copy()
-            others[label] -= feature  # cosines look at directions: sums do as well as means
-            row = probabilities(feature[None], others, scale)[0]
-            if row.argmax() == label:
-                best.append(row.max())
+    for feature in features if len(features) > 1 else ():
+        others = prototypes.astype(np.float64)
+        others[way] = features.sum(axis=0) - feature  # a cosine looks at the direction only
+        row = probabilities(feature[None], others, scale)[0]
+        if row.argmax() == way:
+            best.append(row.max())
     return np.array(best, np.float64)
 
 

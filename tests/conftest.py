@@ -1,0 +1,46 @@
+"""Fixtures shared by the tests; those that need files from outside skip where there are none."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tinytrain_ext.importers import import_int8
+from tinytrain_ext.network import Network
+
+RELEASE_FILES = {
+    "mcunet": "mcunet-5fps.pkl",
+    "mobilenetv2": "mbv2-w0.35.pkl",
+    "proxylessnas": "proxyless-w0.3.pkl",
+}
+
+
+def _directory(variable: str, content: str) -> Path:
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} is not set: it names the folder of {content}")
+    return Path(value)
+
+
+@pytest.fixture(scope="session")
+def weights_dir() -> Path:
+    """Folder of the three int8 release files."""
+    return _directory("TINYTRAIN_WEIGHTS", "the int8 release files")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of unpacked image sets, laid out as SET/CLASS/IMAGE."""
+    return _directory("TINYTRAIN_DATA", "unpacked image sets")
+
+
+@pytest.fixture(scope="session")
+def release_files(weights_dir: Path) -> dict[str, Path]:
+    """Paths of the three int8 release files, by architecture."""
+    return {name: weights_dir / file for name, file in RELEASE_FILES.items()}
+
+
+@pytest.fixture(scope="session")
+def imported_networks(release_files: dict[str, Path]) -> dict[str, Network]:
+    """The networks of the three int8 release files, by architecture."""
+    return {name: import_int8(path) for name, path in release_files.items()}
