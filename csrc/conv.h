@@ -1,0 +1,98 @@
+// One convolution: its packed weights, and its three passes (forward, grad_input, grad_weight) as calls of kernels.
+// Pointwise layers are one matrix product; depthwise layers go row by row over unpadded tensors; every other one ("dense") row
+// by row over padded copies of its input rows.
+#pragma once
+
+#include "graph.h"
+#include "pack.h"
+#include "plan.h"
+
+namespace tinytrain {
+
+// Where an image's rows come from: bytes or normalised floats, through one affine map per image (normalisation and the draw of
+// the augmentation, see images.Augmentation in Python).
+template <class T>
+struct ImageSource {
+  const uint8_t* bytes = nullptr;   // (height, width, 3), or
+  const float* values = nullptr;
+  ImageRow<T> map{};                // scale, offset, mirror, shift; pointers unset
+  int shift_y = 0;                  // content moves down; uncovered rows become 0
+};
+
+// Rows of a tensor (height, width, channels) of which `held` are in memory: row y lies at y % held. data == nullptr: the image.
+template <class T>
+struct RowView {
+  T* data = nullptr;
+  int held = 0;
+};
+
+// A compact weight gradient as its users want it: `ins` weights a kernel position, (outputs, ins, k, k).
+template <class T>
+void copy_compact(const Op& op, const LayerUpdate& update, int64_t ins, const T* grad, T* out) {
+  const int64_t taps = static_cast<int64_t>(op.kernel) * op.kernel;
+  const int64_t outs = update.count / (ins * taps);
+  for (int64_t o = 0; o < outs; ++o) {
+    for (int64_t c = 0; c < ins; ++c) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        *out++ = op.depthwise ? grad[tap * outs + o] : grad[(o * taps + tap) * ins + c];
+      }
+    }
+  }
+}
+
+template <class T>
+class Convolution {
+ public:
+  // `weight` (O, C / groups, k, k), `bias` (O); with_backward also packs the weights for grad_input.
+  Convolution(const Op& op, Shape in, Shape out, const float* weight, const float* bias, bool with_backward,
+              const Kernels<T>& kernels);
+
+  const Op& op() const { return op_; }
+  int64_t resident_bytes() const;
+  T* bias() { return bias_.data(); }
+  T weight(int out, int in, int ky, int kx) const;
+  void set_weight(int out, int in, int ky, int kx, T value);
+  void copy_weight(T* weight, T* bias) const;
+
+  // Values of scratch that the passes need: `k` padded rows (dense), none otherwise.
+  static int64_t forward_scratch(const Op& op, int in_width, int channels);
+  static int64_t grad_input_scratch(const Op& op, int in_width, int out_channels);
+
+  // Output rows [begin, until). `loaded` remembers across calls which padded input rows are there; start with 0. `epilogue` is
+  // completed by bias, and by output rows: its pointers are those of row 0, its `out` a ring of out.held rows.
+  void forward(RowView<const T> in, RowView<T> out, const ImageSource<T>* image, int begin, int until, T* scratch, int* loaded,
+               const Epilogue<T>& epilogue) const;
+
+  // Whole tensors; `epilogue` at the first pixel of grad_input.
+  void grad_input(const T* grad_output, T* scratch, const Epilogue<T>& epilogue) const;
+
+  // Adds the gradient of the selected weights to `total`, in the compact layout of LayerUpdate. `grad_output` holds the selected
+  // channels only, side by side, if the axis is out or the layer depthwise; `input` likewise if the axis is in or the layer
+  // depthwise. image_sum (update.count values) and padded (forward_scratch) may be null where needs_image_sum / dense are false.
+  void grad_weight(const LayerUpdate& update, const T* grad_output, const T* input, const ImageSource<T>* image, T* image_sum,
+                   T* padded, T* total) const;
+  // Whether one image's gradient is summed over several kernel calls and needs a place of its own first.
+  static bool needs_image_sum(const Op& op, Shape out);
+
+ private:
+  void load_row(const T* tensor, const ImageSource<T>* image, Shape shape, int y, int spread, T* out, int before,
+                int after) const;
+  void forward_pointwise(RowView<const T> in, RowView<T> out, int begin, int until, const Epilogue<T>& e) const;
+  void forward_depthwise(RowView<const T> in, RowView<T> out, int begin, int until, const Epilogue<T>& e) const;
+  void forward_dense(RowView<const T> in, RowView<T> out, const ImageSource<T>* image, int begin, int until, T* scratch,
+                     int* loaded, const Epilogue<T>& e) const;
+
+  static constexpr int kMaxKernel = 15;
+  Op op_;
+  Shape in_, out_;
+  const Kernels<T>& kernels_;
+  PackedMatrix<T> forward_, backward_;
+  AlignedArray<T> depthwise_;   // (k, k, C rounded up to lanes), both directions
+  int64_t depthwise_row_ = 0;
+  AlignedArray<T> bias_;
+};
+
+extern template class Convolution<float>;
+extern template class Convolution<double>;
+
+}  // namespace tinytrain

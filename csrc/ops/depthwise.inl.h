@@ -1,0 +1,247 @@
+// Depthwise convolution, its input gradient and its weight gradient, over unpadded rows.
+//
+// A tile is P output pixels of one vector of channels. Which taps fall outside the row is known at compile time: a row is cut
+// into tiles that touch the left border, the right border, both or none, so borders need neither padded copies nor
+// branches, and a 7 x 7 kernel on a 4 x 4 map costs its 16 useful taps instead of 49. Each input value is loaded once a
+// kernel row and used for every output it reaches. Odd shapes go pixel by pixel through depthwise_pixel.
+
+// Any shape, one pixel: the taps inside the row by their definition.
+void depthwise_pixel(const Depthwise<T>& d, int x) {
+  const int64_t C = d.channels;
+  const int64_t weight_row = (C + kLanes - 1) / kLanes * kLanes;
+  for (int c = 0; c < C; c += kLanes) {
+    const int count = d.channels - c;
+    V acc{};
+    for (int r = 0; r < d.row_count; ++r) {
+      const T* weights = d.weights + static_cast<int64_t>(d.taps[r]) * d.kernel * weight_row + c;
+      for (int j = 0; j < d.kernel; ++j) {
+        int column = x * d.stride + j - d.padding;
+        if (d.transposed) {
+          column = x + d.padding - j;
+          if (column % d.stride != 0) continue;
+          column /= d.stride;
+        }
+        if (column < 0 || column >= d.width_in) continue;
+        acc += load_up_to(d.rows[r] + column * C + c, count) * load(weights + j * weight_row);
+      }
+    }
+    finish_tile(d.epilogue, &acc, x, 1, c, 1, d.channels);
+  }
+}
+
+#if !defined(TT_SCALAR)
+// Output pixel of a tile that input column `column` (both relative to the tile's first) reaches through tap `tap`; -1 if none.
+template <int K, int S, bool kTransposed>
+constexpr int tap_output(int column, int tap) {
+  constexpr int kPadding = (K - 1) / 2;
+  if (kTransposed) return column * S + tap - kPadding;
+  const int shifted = column + kPadding - tap;
+  return shifted % S == 0 ? shifted / S : -1;
+}
+
+template <int K, int S, bool kTransposed, int P, bool kLeft, bool kRight>
+void depthwise_tile(const Depthwise<T>& d, int x) {
+  constexpr int kPadding = (K - 1) / 2;
+  constexpr int kInside = kTransposed ? P / S : P * S;   // input columns that belong to the tile
+  constexpr int kFirst = kLeft ? 0 : (kTransposed ? -(kPadding / S) : -kPadding);
+  constexpr int kLast = kRight ? kInside : kInside + (kTransposed ? kPadding : K - 1 - kPadding);
+  const int first = kTransposed ? x / S : x * S;
+  const int64_t C = d.channels;
+  const int64_t weight_row = (C + kLanes - 1) / kLanes * kLanes;
+  for (int c = 0; c < C; c += kLanes) {
+    V acc[P][1];
+    unroll<P>(TT_EACH { acc[i][0] = V{}; });
+    for (int r = 0; r < d.row_count; ++r) {
+      const T* input = d.rows[r] + first * C + c;
+      const T* weights = d.weights + static_cast<int64_t>(d.taps[r]) * K * weight_row + c;
+      V w[K];
+      unroll<K>(TT_EACH { w[i] = load(weights + i * weight_row); });
+      unroll<kLast - kFirst>([&](auto at) __attribute__((always_inline)) {
+        constexpr int kColumn = kFirst + at.value;
+        const V v = load(input + kColumn * C);
+        unroll<K>(TT_EACH {
+          constexpr int kOut = tap_output<K, S, kTransposed>(kColumn, i.value);
+          if constexpr (kOut >= 0 && kOut < P) acc[kOut][0] += v * w[i];
+        });
+      });
+    }
+    finish_sums<P, 1>(d.epilogue, acc, x, c, d.channels);
+  }
+}
+
+template <int K, int S, bool kTransposed, int P>
+void depthwise_tiles(const Depthwise<T>& d) {
+  if (d.width_out == P) {
+    depthwise_tile<K, S, kTransposed, P, true, true>(d, 0);
+    return;
+  }
+  depthwise_tile<K, S, kTransposed, P, true, false>(d, 0);
+  int x = P;
+  for (; x + P < d.width_out; x += P) depthwise_tile<K, S, kTransposed, P, false, false>(d, x);
+  depthwise_tile<K, S, kTransposed, P, false, true>(d, x);
+}
+
+template <int K, int S, bool kTransposed>
+bool depthwise_row(const Depthwise<T>& d) {
+  const bool regular = kTransposed ? d.width_out == d.width_in * S : d.width_in == d.width_out * S;
+  if (!regular || d.padding != (K - 1) / 2 || d.channels % kLanes != 0) return false;
+  if (d.width_out % 8 == 0) {
+    depthwise_tiles<K, S, kTransposed, 8>(d);
+  } else if (d.width_out % 4 == 0) {
+    depthwise_tiles<K, S, kTransposed, 4>(d);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+template <int K>
+bool depthwise_kernel(const Depthwise<T>& d) {
+  if (d.stride == 1) return d.transposed ? depthwise_row<K, 1, true>(d) : depthwise_row<K, 1, false>(d);
+  if (d.stride == 2) return d.transposed ? depthwise_row<K, 2, true>(d) : depthwise_row<K, 2, false>(d);
+  return false;
+}
+
+#endif  // TT_SCALAR
+
+void depthwise(const Depthwise<T>& d) {
+  bool done = false;
+#if !defined(TT_SCALAR)
+  if (d.kernel == 3) done = depthwise_kernel<3>(d);
+  if (d.kernel == 5) done = depthwise_kernel<5>(d);
+  if (d.kernel == 7) done = depthwise_kernel<7>(d);
+#endif
+  if (done) return;
+  for (int x = 0; x < d.width_out; ++x) depthwise_pixel(d, x);
+}
+
+// ---- grad_weight: the sums of R kernel rows x K taps live in registers while the whole image streams past ----
+
+#if !defined(TT_SCALAR)
+template <int K, int S, int R, bool kLeft, bool kRight>
+TT_INLINE void depthwise_grad_tile(const T* grad_output, const T* const* inputs, int64_t stride, V (&acc)[R][K]) {
+  constexpr int P = 4, kPadding = (K - 1) / 2;
+  constexpr int kFirst = kLeft ? 0 : -kPadding;
+  constexpr int kLast = kRight ? P * S : P * S + K - 1 - kPadding;
+  V g[P];
+  unroll<P>(TT_EACH { g[i] = load(grad_output + i * stride); });
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    unroll<kLast - kFirst>([&](auto at) __attribute__((always_inline)) {
+      constexpr int kColumn = kFirst + at.value;
+      const V v = load(inputs[r] + kColumn * stride);
+      unroll<K>(TT_EACH {
+        constexpr int kOut = tap_output<K, S, false>(kColumn, i.value);
+        if constexpr (kOut >= 0 && kOut < P) acc[r][i] += v * g[kOut];
+      });
+    });
+  });
+}
+
+template <int K, int S, int R>
+TT_INLINE void depthwise_grad_rows(const DepthwiseGradWeight<T>& d, const T* grad_output, const T* const* inputs,
+                                   V (&acc)[R][K]) {
+  constexpr int P = 4;
+  const int64_t C = d.selected;
+  if (d.width_out == P) {
+    depthwise_grad_tile<K, S, R, true, true>(grad_output, inputs, C, acc);
+    return;
+  }
+  const T* at[R];
+  unroll<R>(TT_EACH { at[i] = inputs[i]; });
+  depthwise_grad_tile<K, S, R, true, false>(grad_output, at, C, acc);
+  int x = P;
+  for (; x + P < d.width_out; x += P) {
+    unroll<R>(TT_EACH { at[i] += P * S * C; });
+    depthwise_grad_tile<K, S, R, false, false>(grad_output + x * C, at, C, acc);
+  }
+  unroll<R>(TT_EACH { at[i] += P * S * C; });
+  depthwise_grad_tile<K, S, R, false, true>(grad_output + x * C, at, C, acc);
+}
+
+// Kernel rows [ky, ky + R) of one vector of channels. An output row whose R input rows are not all inside the image adds to
+// the kernel rows that are.
+template <int K, int S, int R>
+void depthwise_grad_group(const DepthwiseGradWeight<T>& d, int ky, int c) {
+  const int64_t C = d.selected;
+  V acc[R][K];
+  unroll<R * K>(TT_EACH { acc[i / K][i % K] = V{}; });
+  for (int oy = 0; oy < d.height_out; ++oy) {
+    const T* grad_output = d.grad_output + static_cast<int64_t>(oy) * d.width_out * C + c;
+    const int iy = oy * S + ky - d.padding;
+    if (iy >= 0 && iy + R <= d.height_in) {
+      const T* inputs[R];
+      unroll<R>(TT_EACH { inputs[i] = d.input + static_cast<int64_t>(iy + i) * d.width_in * C + c; });
+      depthwise_grad_rows<K, S, R>(d, grad_output, inputs, acc);
+    } else {
+      unroll<R>(TT_EACH {
+        const int y = iy + i;
+        if (y >= 0 && y < d.height_in) {
+          const T* inputs[1] = {d.input + static_cast<int64_t>(y) * d.width_in * C + c};
+          V one[1][K];
+          unroll<K>(TT_EACH_J { one[0][j] = acc[i][j]; });
+          depthwise_grad_rows<K, S, 1>(d, grad_output, inputs, one);
+          unroll<K>(TT_EACH_J { acc[i][j] = one[0][j]; });
+        }
+      });
+    }
+  }
+  unroll<R * K>(TT_EACH {
+    T* out = d.grad + static_cast<int64_t>((ky + i / K) * K + i % K) * C + c;
+    store(out, load(out) + acc[i / K][i % K]);
+  });
+}
+
+// Kernel rows at a time: as many sums as the registers hold, and enough independent ones to hide the FMA's latency.
+template <int K>
+constexpr int grad_group_rows() {
+  if (K == 3) return 3;
+  return kLanes == 8 && K == 7 ? 1 : 2;
+}
+
+template <int K, int S>
+bool depthwise_grad_kernel(const DepthwiseGradWeight<T>& d, int c) {
+  constexpr int R = grad_group_rows<K>();
+  int ky = 0;
+  for (; ky + R <= K; ky += R) depthwise_grad_group<K, S, R>(d, ky, c);
+  for (; ky < K; ++ky) depthwise_grad_group<K, S, 1>(d, ky, c);
+  return true;
+}
+
+bool depthwise_grad_vector(const DepthwiseGradWeight<T>& d, int c) {
+  const bool regular = d.width_in == d.width_out * d.stride && d.width_out % 4 == 0 &&
+                       d.padding == (d.kernel - 1) / 2 && c + kLanes <= d.selected;
+  if (!regular || (d.stride != 1 && d.stride != 2)) return false;
+  if (d.kernel == 3) return d.stride == 1 ? depthwise_grad_kernel<3, 1>(d, c) : depthwise_grad_kernel<3, 2>(d, c);
+  if (d.kernel == 5) return d.stride == 1 ? depthwise_grad_kernel<5, 1>(d, c) : depthwise_grad_kernel<5, 2>(d, c);
+  if (d.kernel == 7) return d.stride == 1 ? depthwise_grad_kernel<7, 1>(d, c) : depthwise_grad_kernel<7, 2>(d, c);
+  return false;
+}
+
+#else
+bool depthwise_grad_vector(const DepthwiseGradWeight<T>&, int) { return false; }
+#endif  // TT_SCALAR
+
+void depthwise_grad_weight(const DepthwiseGradWeight<T>& d) {
+  const int64_t C = d.selected;
+  for (int c = 0; c < d.selected; c += kLanes) {
+    if (depthwise_grad_vector(d, c)) continue;
+    const int count = d.selected - c;
+    for (int ky = 0; ky < d.kernel; ++ky) {
+      for (int kx = 0; kx < d.kernel; ++kx) {
+        V acc{};
+        for (int oy = 0; oy < d.height_out; ++oy) {
+          const int iy = oy * d.stride + ky - d.padding;
+          if (iy < 0 || iy >= d.height_in) continue;
+          for (int ox = 0; ox < d.width_out; ++ox) {
+            const int ix = ox * d.stride + kx - d.padding;
+            if (ix < 0 || ix >= d.width_in) continue;
+            acc += load_up_to(d.grad_output + (static_cast<int64_t>(oy) * d.width_out + ox) * C + c, count) *
+                   load_up_to(d.input + (static_cast<int64_t>(iy) * d.width_in + ix) * C + c, count);
+          }
+        }
+        T* out = d.grad + static_cast<int64_t>(ky * d.kernel + kx) * C + c;
+        store_up_to(out, load_up_to(out, count) + acc, count);
+      }
+    }
+  }
+}

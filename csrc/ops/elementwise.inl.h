@@ -1,0 +1,195 @@
+// Everything that is bound by memory rather than arithmetic: sums over pixels, pooling, gathering, reading the image, optimisers.
+// Plain loops: the compiler vectorises them for each ISA.
+
+void fisher_sum(const T* __restrict a, const T* __restrict g, int64_t pixels, int channels, T* __restrict fisher) {
+  for (int64_t p = 0; p < pixels; ++p) {
+    for (int c = 0; c < channels; ++c) fisher[c] += a[p * channels + c] * g[p * channels + c];
+  }
+}
+
+void grad_bias(const T* __restrict g, int64_t pixels, int channels, T* __restrict grad) {
+  for (int c = 0; c < channels; c += kLanes) {
+    const int count = channels - c;
+    V sum{};
+    for (int64_t p = 0; p < pixels; ++p) sum += load_up_to(g + p * channels + c, count);
+    store_up_to(grad + c, load_up_to(grad + c, count) + sum, count);
+  }
+}
+
+void gather_columns(const T* __restrict in, int64_t pixels, int64_t stride, const int32_t* __restrict columns, int count,
+                    T* __restrict out) {
+  for (int64_t p = 0; p < pixels; ++p) {
+    for (int s = 0; s < count; ++s) out[s] = in[columns[s]];
+    in += stride;
+    out += count;
+  }
+}
+
+void pool(const Pool<T>& p) {
+  for (int oy = 0; oy < p.height_out; ++oy) {
+    for (int ox = 0; ox < p.width_out; ++ox) {
+      T* out = p.out + (static_cast<int64_t>(oy) * p.width_out + ox) * p.channels;
+      int inside = 0;
+      for (int ky = 0; ky < p.kernel; ++ky) {
+        for (int kx = 0; kx < p.kernel; ++kx) {
+          const int iy = oy * p.stride + ky - p.padding, ix = ox * p.stride + kx - p.padding;
+          if (iy < 0 || iy >= p.height_in || ix < 0 || ix >= p.width_in) continue;
+          const T* in = p.input + (static_cast<int64_t>(iy) * p.width_in + ix) * p.channels;
+          if (inside++ == 0) {
+            for (int c = 0; c < p.channels; ++c) out[c] = in[c];
+          } else if (p.kind == PoolKind::kMax) {
+            for (int c = 0; c < p.channels; ++c) out[c] = in[c] > out[c] ? in[c] : out[c];
+          } else {
+            for (int c = 0; c < p.channels; ++c) out[c] += in[c];
+          }
+        }
+      }
+      if (p.kind == PoolKind::kAverage && inside > 1) {
+        for (int c = 0; c < p.channels; ++c) out[c] /= T(inside);
+      }
+    }
+  }
+}
+
+void pool_backward(const Pool<T>& p) {
+  const int64_t count = static_cast<int64_t>(p.height_in) * p.width_in * p.channels;
+  for (int64_t i = 0; i < count; ++i) p.grad_input[i] = 0;
+  for (int oy = 0; oy < p.height_out; ++oy) {
+    for (int ox = 0; ox < p.width_out; ++ox) {
+      const T* grad = p.grad_output + (static_cast<int64_t>(oy) * p.width_out + ox) * p.channels;
+      const int top = oy * p.stride - p.padding, left = ox * p.stride - p.padding;
+      const int y0 = top < 0 ? 0 : top, x0 = left < 0 ? 0 : left;
+      const int y1 = top + p.kernel < p.height_in ? top + p.kernel : p.height_in;
+      const int x1 = left + p.kernel < p.width_in ? left + p.kernel : p.width_in;
+      const T share = T(1) / T((y1 - y0) * (x1 - x0));
+      for (int c = 0; c < p.channels; ++c) {
+        int64_t winner = (static_cast<int64_t>(y0) * p.width_in + x0) * p.channels + c;
+        for (int y = y0; y < y1; ++y) {
+          for (int x = x0; x < x1; ++x) {
+            const int64_t at = (static_cast<int64_t>(y) * p.width_in + x) * p.channels + c;
+            if (p.kind == PoolKind::kAverage) {
+              p.grad_input[at] += grad[c] * share;
+            } else if (p.input[at] > p.input[winner]) {
+              winner = at;
+            }
+          }
+        }
+        if (p.kind == PoolKind::kMax) p.grad_input[winner] += grad[c];
+      }
+    }
+  }
+}
+
+void global_average(const T* __restrict in, int64_t pixels, int channels, T* __restrict out) {
+  const T share = T(1) / T(pixels);
+  for (int c = 0; c < channels; ++c) out[c] = 0;
+  for (int64_t p = 0; p < pixels; ++p) {
+    for (int c = 0; c < channels; ++c) out[c] += in[p * channels + c];
+  }
+  for (int c = 0; c < channels; ++c) out[c] *= share;
+}
+
+void image_sum(const uint8_t* bytes, const float* values, int64_t pixels, double* sums) {
+  for (int c = 0; c < 3; ++c) sums[c] = 0;
+  if (bytes) {
+    // Blocks short enough for 32-bit sums; six lanes of one colour pattern vectorise better than three.
+    for (int64_t start = 0; start < pixels; start += 1 << 20) {
+      const int64_t end = start + (1 << 20) < pixels ? start + (1 << 20) : pixels;
+      uint32_t r = 0, g = 0, b = 0;
+      for (int64_t p = start; p < end; ++p) {
+        r += bytes[3 * p];
+        g += bytes[3 * p + 1];
+        b += bytes[3 * p + 2];
+      }
+      sums[0] += r;
+      sums[1] += g;
+      sums[2] += b;
+    }
+  } else {
+    for (int64_t i = 0; i < 3 * pixels; ++i) sums[i % 3] += static_cast<double>(values[i]);
+  }
+}
+
+template <class In>
+TT_INLINE void image_pixels(const ImageRow<T>& r, const In* __restrict in, int from, int count, T* __restrict out) {
+  const T s0 = r.scale[0], s1 = r.scale[1], s2 = r.scale[2], o0 = r.offset[0], o1 = r.offset[1], o2 = r.offset[2];
+  const T g0 = r.grey_scale[0], g1 = r.grey_scale[1], g2 = r.grey_scale[2];
+  if (r.mirror) {
+    const In* last = in + 3 * (r.width - 1 - from);
+    for (int x = 0; x < count; ++x) {
+      const T red = static_cast<T>(last[-3 * x]), green = static_cast<T>(last[-3 * x + 1]);
+      const T blue = static_cast<T>(last[-3 * x + 2]);
+      const T grey = g0 * red + g1 * green + g2 * blue;
+      out[3 * x] = s0 * red + o0 + grey;
+      out[3 * x + 1] = s1 * green + o1 + grey;
+      out[3 * x + 2] = s2 * blue + o2 + grey;
+    }
+  } else {
+    in += 3 * from;
+    for (int x = 0; x < count; ++x) {
+      const T red = static_cast<T>(in[3 * x]), green = static_cast<T>(in[3 * x + 1]), blue = static_cast<T>(in[3 * x + 2]);
+      const T grey = g0 * red + g1 * green + g2 * blue;
+      out[3 * x] = s0 * red + o0 + grey;
+      out[3 * x + 1] = s1 * green + o1 + grey;
+      out[3 * x + 2] = s2 * blue + o2 + grey;
+    }
+  }
+}
+
+void image_row(const ImageRow<T>& r) {
+  const int from = r.shift < 0 ? -r.shift : 0;                   // first source pixel that stays inside
+  const int at = r.shift > 0 ? r.shift : 0;                      // where it lands
+  const int count = r.width - from - at > 0 ? r.width - from - at : 0;
+  for (int i = 0; i < 3 * at && i < 3 * r.width; ++i) r.out[i] = 0;
+  if (count > 0) {
+    if (r.bytes) {
+      image_pixels(r, r.bytes, from, count, r.out + 3 * at);
+    } else {
+      image_pixels(r, r.values, from, count, r.out + 3 * at);
+    }
+  }
+  for (int i = 3 * (at + count); i < 3 * r.width; ++i) r.out[i] = 0;
+}
+
+// Finite means: the difference with itself is zero.
+bool adam(const Adam<T>& a) {
+  const T* __restrict grad = a.grad;
+  T* __restrict weight = a.weight;
+  T* __restrict first = a.first_moment;
+  T* __restrict second = a.second_moment;
+  T fault = 0;
+  for (int64_t i = 0; i < a.count; ++i) {
+    const T m = a.beta1 * first[i] + (1 - a.beta1) * grad[i];
+    const T v = a.beta2 * second[i] + (1 - a.beta2) * grad[i] * grad[i];
+    const T w = weight[i] - a.learning_rate * (m * a.correction1) /
+                                (static_cast<T>(__builtin_sqrt(v * a.correction2)) + a.epsilon);
+    fault += (w - w) + (v - v);
+    if (a.commit) {
+      first[i] = m;
+      second[i] = v;
+      weight[i] = w;
+    }
+  }
+  return fault == 0;
+}
+
+bool sgd(const Sgd<T>& s) {
+  const T* __restrict grad = s.grad;
+  T* __restrict weight = s.weight;
+  T fault = 0;
+  for (int64_t i = 0; i < s.count; ++i) {
+    T step = grad[i];
+    if (s.velocity) step += s.momentum * s.velocity[i];
+    const T w = weight[i] - s.learning_rate * step;
+    fault += w - w;
+    if (s.commit) {
+      if (s.velocity) s.velocity[i] = step;
+      weight[i] = w;
+    }
+  }
+  return fault == 0;
+}
+
+void accumulate(const T* __restrict x, int64_t count, T* __restrict y) {
+  for (int64_t i = 0; i < count; ++i) y[i] += x[i];
+}

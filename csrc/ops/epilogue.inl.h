@@ -1,0 +1,89 @@
+// What follows every sum (see Epilogue in kernels.h): bias, shortcut, ReLU with its bit mask, and in the backward pass the mask
+// and the Fisher sum. One vector at a time; the branches are the same for a whole tile, so they predict well, and they cost
+// nothing beside a tile's reduction.
+
+TT_INLINE V activate(V v, Activation activation) {
+  if (activation != Activation::kNone) {
+    v = clamp_below(v, splat(0));
+    if (activation == Activation::kRelu6) v = clamp_above(v, splat(6));
+  }
+  return v;
+}
+
+// One vector of a tile's results, in the general form. `count` lanes exist. `fisher` collects values * v over a tile.
+TT_INLINE void finish(const Epilogue<T>& e, V v, int64_t pixel, int channel, int channels, V& fisher) {
+  const int count = channels - channel;
+  if (e.bias) v += load(e.bias + channel);
+  if (e.addend) v += load_up_to(e.addend + pixel * e.addend_stride + channel, count);
+  if (e.activation != Activation::kNone) {
+    if (e.mask_out) {
+      unsigned bits = positive(v);
+      if (e.activation == Activation::kRelu6) bits &= below(v, splat(6));
+      store_bits(e.mask_out + pixel * mask_bytes(channels), channel, channels, bits);
+    }
+    v = activate(v, e.activation);
+  }
+  if (e.mask_in) v = keep(v, load_bits(e.mask_in + pixel * mask_bytes(channels), channel, channels));
+  if (e.fisher) fisher += v * load_up_to(e.values + pixel * e.out_stride + channel, count);
+  store_up_to(e.out + pixel * e.out_stride + channel, v, count);
+}
+
+TT_INLINE void add_fisher(const Epilogue<T>& e, V fisher, int channel, int channels) {
+  if (!e.fisher) return;
+  const int count = channels - channel;
+  store_up_to(e.fisher + channel, load_up_to(e.fisher + channel, count) + fisher, count);
+}
+
+// A tile of `pixels` x `vectors` sums, through memory: one copy of this code serves every tile shape.
+__attribute__((noinline)) void finish_tile(const Epilogue<T>& e, const V* sums, int64_t pixel, int pixels, int channel,
+                                           int vectors, int channels) {
+  for (int j = 0; j < vectors && channel + j * kLanes < channels; ++j) {
+    V fisher{};
+    for (int i = 0; i < pixels; ++i) {
+      finish(e, sums[i * vectors + j], pixel + i, channel + j * kLanes, channels, fisher);
+    }
+    add_fisher(e, fisher, channel + j * kLanes, channels);
+  }
+}
+
+// The forward pass of a frozen layer (bias, activation, perhaps a shortcut) does not leave the registers; it is most of the
+// work, often with a depth of only 8. Everything else goes through finish_tile.
+template <int P, int N>
+TT_INLINE void finish_sums(const Epilogue<T>& e, V (&sums)[P][N], int64_t pixel, int channel, int channels) {
+  const bool simple = e.bias && !e.mask_out && !e.mask_in && !e.fisher && channel + N * kLanes <= channels;
+  if (!simple) {
+    V spilled[P * N];
+    unroll<P * N>(TT_EACH { spilled[i] = sums[i / N][i % N]; });
+    finish_tile(e, spilled, pixel, P, channel, N, channels);
+    return;
+  }
+  T* out = e.out + pixel * e.out_stride + channel;
+  unroll<N>(TT_EACH {
+    const V bias = load(e.bias + channel + i * kLanes);
+    unroll<P>(TT_EACH_J { sums[j][i] += bias; });
+  });
+  if (e.addend) {
+    const T* addend = e.addend + pixel * e.addend_stride + channel;
+    unroll<P * N>(TT_EACH { sums[i / N][i % N] += load(addend + (i / N) * e.addend_stride + (i % N) * kLanes); });
+  }
+  if (e.activation == Activation::kRelu6) {
+    unroll<P * N>(TT_EACH {
+      store(out + (i / N) * e.out_stride + (i % N) * kLanes, activate(sums[i / N][i % N], Activation::kRelu6));
+    });
+    return;
+  }
+  if (e.activation == Activation::kRelu) {
+    unroll<P * N>(TT_EACH { sums[i / N][i % N] = activate(sums[i / N][i % N], Activation::kRelu); });
+  }
+  unroll<P * N>(TT_EACH { store(out + (i / N) * e.out_stride + (i % N) * kLanes, sums[i / N][i % N]); });
+}
+
+void apply_epilogue(const T* input, int64_t pixels, int channels, const Epilogue<T>& e) {
+  for (int channel = 0; channel < channels; channel += kLanes) {
+    V fisher{};
+    for (int64_t p = 0; p < pixels; ++p) {
+      finish(e, load_up_to(input + p * channels + channel, channels - channel), p, channel, channels, fisher);
+    }
+    add_fisher(e, fisher, channel, channels);
+  }
+}

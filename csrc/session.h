@@ -1,0 +1,129 @@
+// Execution of a plan: one image at a time through the network, forward and backward, in memory that was all planned before.
+// After construction nothing allocates and nothing throws but the faults named below; results are the same bits for any
+// number of threads.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "conv.h"
+#include "dispatch.h"
+#include "parallel.h"
+#include "plan.h"
+
+namespace tinytrain {
+
+// A loss, gradient or new weight that is not finite. Weights are untouched; gradients have been cleared.
+struct NonFinite : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// One draw of an image's augmentation, in the order of images.Augmentation.
+struct AugmentationRow {
+  float flip, shift_x, shift_y, brightness, saturation, contrast;
+};
+
+struct Images {
+  const uint8_t* bytes = nullptr;    // (N, size, size, 3), or
+  const float* values = nullptr;     // the same, already normalised
+  int64_t count = 0;
+  const AugmentationRow* augmentation = nullptr;   // (N), or null
+};
+
+struct LayerValues {
+  const float* weight;   // (O, C / groups, k, k)
+  const float* bias;     // (O)
+};
+
+struct ProtoResult {
+  double loss_sum = 0;
+  int64_t correct = 0;
+};
+
+template <class T>
+class Session {
+ public:
+  Session(const Graph& graph, const std::vector<LayerValues>& layers, const float mean[3], const float std_dev[3],
+          const PlanRequest& request, const std::string& isa);
+  ~Session();
+
+  const Plan& plan() const { return plan_; }
+  const char* isa() const { return kernels_.isa; }
+  int64_t resident_weight_bytes() const;
+
+  void embed(const Images& images, T* features);
+  // Class means of the features, L2-normalised. `keep` stores the frozen prefix's outputs for update_prototypes().
+  void set_prototypes(const Images& images, const int64_t* labels, int ways, bool keep);
+  void update_prototypes();
+  bool keeps_prefix() const { return kept_images_ > 0; }
+  const T* prototypes() const { return prototypes_; }
+  int ways() const { return ways_; }
+
+  // ProtoNet cross-entropy against the prototypes as they are: adds weight * d loss / d w to the gradients, and the images'
+  // squared sums to the Fisher sums. `losses` (N) receives each image's loss.
+  ProtoResult proto_backward(const Images& images, const int64_t* labels, double scale, double weight);
+  // The same with the caller's gradient of each feature (N, m).
+  void backward(const Images& images, const T* feature_gradients);
+
+  void zero_grad();
+  // One step of the optimiser; all or nothing.
+  void step(double learning_rate, double momentum);
+
+  // Dense copies for the caller: gradient `update` in the layout (S, C / groups, k, k), (O, S, k, k) or (O).
+  void copy_gradient(int update, T* out) const;
+  const T* fisher() const { return fisher_; }
+  void copy_weight(int layer, T* weight, T* bias) const;
+
+  int64_t arena_high_water() const;
+  // The name of a slot whose guard bytes were overwritten, or "".
+  std::string broken_guard() const;
+
+ private:
+  struct Worker;
+  struct Pass;
+  static constexpr int kMaxLinks = 64;
+
+  template <class F>
+  void for_each_run(const LayerUpdate& update, F&& body) const;
+  bool apply_step(double learning_rate, double momentum, bool commit);
+
+  static void run_worker(void* context, int worker);
+  void run_pass(Pass& pass);
+  void run_image(Worker& worker, Pass& pass, int64_t image);
+  void prepare_image(Worker& worker, const Pass& pass, int64_t image);
+  void run_steps(Worker& worker, Pass& pass, const Program& program, int from, int to, int64_t image);
+  void collect(Worker& worker, Pass& pass, const Program& program, int64_t image);
+  void head(Worker& worker, Pass& pass, const Program& program, int64_t image);
+  void normalise_prototypes();
+
+  void chain(Worker& worker, const Instruction& step);
+  void produce(Worker& worker, const Instruction& step, int link, int until);
+  void grad_weight(Worker& worker, const Instruction& step);
+  Epilogue<T> backward_epilogue(Worker& worker, const Instruction& step, int channels);
+
+  Plan plan_;
+  const Graph& graph_;   // plan_.graph
+  const Kernels<T>& kernels_;
+  double mean_[3], std_[3];
+  std::vector<Convolution<T>> layers_;
+  AlignedArray<char> arena_;
+  T *gradient_ = nullptr, *first_moment_ = nullptr, *second_moment_ = nullptr, *fisher_ = nullptr, *prototypes_ = nullptr;
+  int32_t* class_counts_ = nullptr;
+  char* kept_ = nullptr;
+  std::vector<int64_t> kept_labels_;
+  int64_t kept_images_ = 0;
+  int ways_ = 0;
+  long steps_taken_ = 0;
+  std::vector<std::unique_ptr<Worker>> workers_;
+  std::unique_ptr<ThreadPool> pool_;
+  Turnstile turnstile_;
+  std::atomic<const Slot*> broken_guard_{nullptr};
+};
+
+extern template class Session<float>;
+extern template class Session<double>;
+
+}  // namespace tinytrain

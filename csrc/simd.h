@@ -1,0 +1,141 @@
+// Vectors of 1 / 4 / 8 / 16 lanes. Included inside the anonymous namespace of one ISA file, after `T` (the scalar type) and
+// `kLanes` are defined. Arithmetic comes from compiler vector extensions; only what those lack is an intrinsic.
+//
+// No include guard: scalar.cpp includes it once for float and once for double.
+
+#define TT_INLINE inline __attribute__((always_inline))
+
+// Compile-time loops. GCC keeps an array of vectors in registers only if every index is a constant before its scalar
+// replacement pass runs; ordinary loops are unrolled too late for that (seen with GCC 12).
+template <int I>
+struct Index {
+  static constexpr int value = I;
+  constexpr TT_INLINE operator int() const { return I; }
+};
+template <int... I>
+struct Sequence {};
+template <int N, int... I>
+struct MakeSequence : MakeSequence<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeSequence<0, I...> {
+  using Type = Sequence<I...>;
+};
+template <int... I, class F>
+TT_INLINE void unroll_over(Sequence<I...>, F&& body) {
+  (body(Index<I>{}), ...);
+}
+template <int N, class F>
+TT_INLINE void unroll(F&& body) {
+  unroll_over(typename MakeSequence<N>::Type{}, body);
+}
+#define TT_EACH [&](auto i) __attribute__((always_inline))
+#define TT_EACH_J [&](auto j) __attribute__((always_inline))
+
+#if defined(TT_SCALAR)
+
+using V = T;
+TT_INLINE V load(const T* p) { return *p; }
+TT_INLINE void store(T* p, V v) { *p = v; }
+TT_INLINE V splat(T x) { return x; }
+// A NaN in `v` comes out as NaN: a fault must reach the checks, not vanish in a ReLU.
+TT_INLINE V clamp_below(V v, V low) { return v < low ? low : v; }
+TT_INLINE V clamp_above(V v, V high) { return v > high ? high : v; }
+TT_INLINE unsigned positive(V v) { return v > T(0); }
+TT_INLINE unsigned below(V v, V high) { return v < high; }
+TT_INLINE V keep(V v, unsigned bits) { return (bits & 1) ? v : T(0); }
+
+#else
+
+typedef T V __attribute__((vector_size(sizeof(T) * kLanes)));
+typedef T UnalignedV __attribute__((vector_size(sizeof(T) * kLanes), aligned(sizeof(T)), may_alias));
+TT_INLINE V load(const T* p) { return *reinterpret_cast<const UnalignedV*>(p); }
+TT_INLINE void store(T* p, V v) { *reinterpret_cast<UnalignedV*>(p) = v; }
+TT_INLINE V splat(T x) { return x - V{}; }
+
+#if defined(TT_NEON)
+TT_INLINE V clamp_below(V v, V low) { return (V)vmaxq_f32((float32x4_t)v, (float32x4_t)low); }
+TT_INLINE V clamp_above(V v, V high) { return (V)vminq_f32((float32x4_t)v, (float32x4_t)high); }
+TT_INLINE unsigned gather_bits(uint32x4_t lanes) {
+  const uint32x4_t bits = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32(lanes, bits));
+}
+TT_INLINE unsigned positive(V v) { return gather_bits(vcgtq_f32((float32x4_t)v, vdupq_n_f32(0))); }
+TT_INLINE unsigned below(V v, V high) { return gather_bits(vcltq_f32((float32x4_t)v, (float32x4_t)high)); }
+TT_INLINE V keep(V v, unsigned bits) {
+  const uint32x4_t lane = {1, 2, 4, 8};
+  return (V)vandq_u32((uint32x4_t)v, vtstq_u32(vdupq_n_u32(bits), lane));
+}
+#elif defined(TT_AVX2)
+// x86 max / min return the second operand where one is NaN.
+TT_INLINE V clamp_below(V v, V low) { return (V)_mm256_max_ps((__m256)low, (__m256)v); }
+TT_INLINE V clamp_above(V v, V high) { return (V)_mm256_min_ps((__m256)high, (__m256)v); }
+TT_INLINE unsigned positive(V v) {
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_GT_OQ));
+}
+TT_INLINE unsigned below(V v, V high) {
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)high, _CMP_LT_OQ));
+}
+TT_INLINE V keep(V v, unsigned bits) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits), lane), lane);
+  return (V)_mm256_and_ps((__m256)v, _mm256_castsi256_ps(set));
+}
+#elif defined(TT_AVX512)
+TT_INLINE V clamp_below(V v, V low) { return (V)_mm512_max_ps((__m512)low, (__m512)v); }
+TT_INLINE V clamp_above(V v, V high) { return (V)_mm512_min_ps((__m512)high, (__m512)v); }
+TT_INLINE unsigned positive(V v) {
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GT_OQ);
+}
+TT_INLINE unsigned below(V v, V high) {
+  return _mm512_cmp_ps_mask((__m512)v, (__m512)high, _CMP_LT_OQ);
+}
+TT_INLINE V keep(V v, unsigned bits) {
+  return (V)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v);
+}
+#endif
+#endif  // TT_SCALAR
+
+// The first `count` lanes only, the rest zero: for channel counts that are no multiple of the lanes.
+TT_INLINE V load_some(const T* p, int count) {
+  T lanes[kLanes] = {};
+  for (int i = 0; i < count; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+TT_INLINE void store_some(T* p, V v, int count) {
+  T lanes[kLanes];
+  store(lanes, v);
+  for (int i = 0; i < count; ++i) p[i] = lanes[i];
+}
+TT_INLINE V load_up_to(const T* p, int count) { return count >= kLanes ? load(p) : load_some(p, count); }
+TT_INLINE void store_up_to(T* p, V v, int count) {
+  if (count >= kLanes) {
+    store(p, v);
+  } else {
+    store_some(p, v, count);
+  }
+}
+
+// Mask bits of lanes [channel, channel + kLanes), channel a multiple of kLanes. Narrow vectors share a byte: they are written
+// in ascending order of channel, the first one clearing it.
+TT_INLINE void store_bits(uint8_t* mask, int channel, int channels, unsigned bits) {
+  uint8_t* byte = mask + channel / 8;
+  if constexpr (kLanes >= 8) {
+    byte[0] = static_cast<uint8_t>(bits);
+    if constexpr (kLanes == 16) {
+      if (channels - channel > 8) byte[1] = static_cast<uint8_t>(bits >> 8);
+    }
+  } else {
+    const int shift = channel % 8;
+    byte[0] = static_cast<uint8_t>(shift == 0 ? bits : byte[0] | bits << shift);
+  }
+}
+TT_INLINE unsigned load_bits(const uint8_t* mask, int channel, int channels) {
+  const uint8_t* byte = mask + channel / 8;
+  if constexpr (kLanes == 16) {
+    return byte[0] | (channels - channel > 8 ? static_cast<unsigned>(byte[1]) << 8 : 0u);
+  } else if constexpr (kLanes == 8) {
+    return byte[0];
+  } else {
+    return static_cast<unsigned>(byte[0]) >> (channel % 8);
+  }
+}
