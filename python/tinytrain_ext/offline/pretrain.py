@@ -1,7 +1,7 @@
 """Supervised pre-training of a backbone: a cosine classifier over the training classes.
 
     python -m tinytrain_ext.offline.pretrain --data DIR --split FILE --architecture mcunet \\
-        --stages 80:50 96:60 128:30 --work DIR --out FILE.safetensors
+        --stages 80:55:0.2 96:52:0.3 128:23:0.4 --work DIR --out FILE.safetensors
 
 Logits are scale * cos(feature, class vector), the form of Eq. 1, so the features are trained in the
 geometry the prototypes use. SGD with Nesterov momentum, label smoothing, warm-up and cosine decay;
@@ -33,7 +33,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from ..architectures import ARCHITECTURES, Architecture
 from ..errors import NonFiniteError
@@ -53,10 +53,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """Epochs at one image size, in pixels."""
+    """Epochs at one image size, in pixels, with crops of at least `smallest_crop` of the area."""
 
     size: int
     epochs: int
+    smallest_crop: float = 0.2
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Recipe:
     weight_decay: of convolution and class weights; batch norms and the logit scale have none.
     logit_scale: where the learned factor of the cosine starts.
     average_decay: of the moving average of the weights, per step.
-    smallest_crop: share of the image's area; jitter: see `augment`.
+    jitter: see `augment`.
     """
 
     stages: tuple[Stage, ...]
@@ -79,7 +80,6 @@ class Recipe:
     label_smoothing: float = 0.1
     logit_scale: float = 10.0
     average_decay: float = 0.999
-    smallest_crop: float = 0.2
     jitter: float = 0.4
     seed: int = 0
 
@@ -88,11 +88,11 @@ class Recipe:
         """Of all stages together."""
         return sum(stage.epochs for stage in self.stages)
 
-    def size_at(self, epoch: int) -> int:
-        """Image size of epoch 0, 1, ..."""
+    def stage_of(self, epoch: int) -> Stage:
+        """The stage of epoch 0, 1, ..."""
         for stage in self.stages:
             if epoch < stage.epochs:
-                return stage.size
+                return stage
             epoch -= stage.epochs
         raise ValueError(f"epoch: expected less than {self.epochs}, got {epoch + self.epochs}")
 
@@ -196,13 +196,13 @@ def pretrain(
         order = rng.permutation(len(images))[: steps * recipe.batch_size]
         model.train()
         loss_sum, correct = 0.0, 0
-        size = recipe.size_at(epoch)
+        stage = recipe.stage_of(epoch)
         bar = tqdm(order.reshape(steps, -1), f"epoch {epoch + 1}/{recipe.epochs}", disable=None)
         for step, batch in enumerate(bar):
             rate = _learning_rate(recipe, epoch + step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            x = augment(images[batch], size, recipe.smallest_crop, recipe.jitter, rng)
+            x = augment(images[batch], stage.size, stage.smallest_crop, recipe.jitter, rng)
             target = torch.from_numpy(labels[batch])
             logits = model(x)
             loss = functional.cross_entropy(logits, target, label_smoothing=recipe.label_smoothing)
@@ -221,7 +221,7 @@ def pretrain(
             validation = validate(_averaged_backbone(average))
         record = Epoch(
             epoch=epoch + 1,
-            size=size,
+            size=stage.size,
             learning_rate=rate,
             loss=loss_sum / steps,
             accuracy=100 * correct / len(order),
@@ -324,13 +324,13 @@ def _restore(
 
 
 def _stage(text: str) -> Stage:
-    size, _, epochs = text.partition(":")
     try:
-        stage = Stage(int(size), int(epochs))
-    except ValueError:
+        size, epochs, *crop = text.split(":")
+        stage = Stage(int(size), int(epochs), *map(float, crop))
+    except (TypeError, ValueError):
         stage = Stage(0, 0)
-    if min(stage.size, stage.epochs) < 1:
-        raise argparse.ArgumentTypeError(f"expected SIZE:EPOCHS, got {text!r}")
+    if min(stage.size, stage.epochs) < 1 or not 0 < stage.smallest_crop <= 1:
+        raise argparse.ArgumentTypeError(f"expected SIZE:EPOCHS[:SMALLEST_CROP], got {text!r}")
     return stage
 
 
@@ -348,8 +348,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=_stage,
         nargs="+",
         required=True,
-        metavar="SIZE:EPOCHS",
-        help="image sizes in pixels and for how many epochs, in order",
+        metavar="SIZE:EPOCHS[:SMALLEST_CROP]",
+        help="image size in pixels, for how many epochs, smallest crop as a share of the area; "
+        "in order",
     )
     parser.add_argument("--work", type=Path, required=True, help="for checkpoint and history")
     parser.add_argument("--out", type=Path, required=True, help="the network file to write")
