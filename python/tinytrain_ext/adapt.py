@@ -114,6 +114,8 @@ def adapt(
 
     names = _checked_task(network, images, labels, classes)
     count, ways = len(images), len(names)
+    if iterations < 0:
+        raise ValueError(f"iterations: expected at least 0, got {iterations}")
     if learning_rate is None:
         learning_rate = default_learning_rate(optimizer)
     if budget is None and policy is None:
@@ -135,6 +137,7 @@ def adapt(
             max_ways=ways,
             threads=threads,
         )
+        report("fisher", 0, 1)
         with _timed(timings, "fisher"):  # lines 1 and 2
             try:
                 fisher = fisher_pass(
@@ -142,6 +145,7 @@ def adapt(
                 )
             except BudgetExceeded as error:
                 raise _smallest_for_both(error, costs, budget, choose) from error
+        report("fisher", 1, 1)
         with _timed(timings, "selection"):  # lines 3 and 4
             policy = choose(fisher.information, budget=budget)
     elif budget is not None:
@@ -265,8 +269,8 @@ def _checked_task(
     if ways < 2 or labels.min() < 0 or not np.bincount(labels).all():
         raise ValueError("labels: expected 0 to ways - 1, at least two classes, none left out")
     names = tuple(str(way) for way in range(ways)) if classes is None else tuple(classes)
-    if len(names) != ways:
-        raise ValueError(f"classes: expected {ways} names, got {len(names)}")
+    if len(names) != ways or len(set(names)) != ways:
+        raise ValueError(f"classes: expected {ways} different names, got {', '.join(names)}")
     return names
 
 
