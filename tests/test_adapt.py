@@ -59,6 +59,13 @@ def test_only_the_selected_channels_change(result):
         np.testing.assert_array_equal(before, after)
 
 
+def test_unknown_threshold_is_of_the_network_before(result):
+    untrained = adapted(policy=UpdatePolicy(), budget=None)
+    assert result.network.unknown_below == pytest.approx(untrained.network.unknown_below)
+    assert 1 / 3 < result.network.unknown_below < 1
+    assert adapt(NETWORK, *shapes_task(shots=1), iterations=0).network.unknown_below == 0
+
+
 def test_an_adapted_network_survives_its_file(result, tmp_path):
     path = tmp_path / "adapted.safetensors"
     result.network.save(path)

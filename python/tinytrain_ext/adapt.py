@@ -162,6 +162,8 @@ def adapt(
     )
     with _timed(timings, "embed"):
         session.set_prototypes(images, labels, ways, keep=True)
+        # Before training: afterwards the network knows its support photos by heart.
+        unknown_below = _unknown_below(session, images, labels, network.logit_scale)
     history: list[Iteration] = []
     with _timed(timings, "fine_tuning"):  # lines 5 and 6
         for iteration in range(iterations if policy.layers or policy.biases else 0):
@@ -178,7 +180,11 @@ def adapt(
             history.append(Iteration(loss / count, correct / count))
             report("fine-tuning", iteration + 1, iterations)
     return AdaptResult(
-        network=_with_classes(session, names, images, labels),
+        network=session.network().replace(
+            classes=names,
+            prototypes=session.prototypes().astype(np.float32),
+            unknown_below=unknown_below,
+        ),
         policy=policy,
         fisher=fisher,
         plan=session.plan,
@@ -222,31 +228,17 @@ def default_learning_rate(optimizer: str) -> float:
     return DEFAULT_LEARNING_RATE[optimizer]
 
 
-def _with_classes(
-    session: Session,
-    names: tuple[str, ...],
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
-) -> Network:
-    """The session's network with its prototypes, and a threshold by leave-one-out."""
-    network, prototypes = session.network(), session.prototypes()
-    # One photo at a time: only features of a single class leave the engine at once.
-    sure = [
-        leave_one_out(
-            np.concatenate(
-                [session.embed(images[n : n + 1]) for n in np.flatnonzero(labels == way)]
-            ),
-            way,
-            prototypes,
-            network.logit_scale,
-        )
-        for way in range(len(names))
-    ]
-    return network.replace(
-        classes=names,
-        prototypes=prototypes.astype(np.float32),
-        unknown_below=unknown_threshold(np.concatenate(sure)),
-    )
+def _unknown_below(
+    session: Session, images: NDArray[np.uint8], labels: NDArray[np.int64], scale: float
+) -> float:
+    """The threshold under the session's weights as they are, by leave-one-out."""
+    prototypes = session.prototypes()
+    sure = []
+    for way in range(len(prototypes)):
+        # One photo at a time: only the features of a single class leave the engine at once.
+        features = [session.embed(images[n : n + 1]) for n in np.flatnonzero(labels == way)]
+        sure.append(leave_one_out(np.concatenate(features), way, prototypes, scale))
+    return unknown_threshold(np.concatenate(sure))
 
 
 def _checked_task(
