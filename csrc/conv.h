@@ -53,6 +53,10 @@ class Convolution {
   T weight(int out, int in, int ky, int kx) const;
   void set_weight(int out, int in, int ky, int kx, T value);
   void copy_weight(T* weight, T* bias) const;
+  // Calls step(weights, offset, count) for runs of the selected weights, `offset` their place in the compact gradient; what step
+  // writes becomes the weights.
+  template <class F>
+  void update_weights(const LayerUpdate& update, F&& step);
 
   // Values of scratch that the passes need: `k` padded rows (dense), none otherwise.
   static int64_t forward_scratch(const Op& op, int in_width, int channels);
@@ -91,6 +95,49 @@ class Convolution {
   int64_t depthwise_row_ = 0;
   AlignedArray<T> bias_;
 };
+
+template <class T>
+template <class F>
+void Convolution<T>::update_weights(const LayerUpdate& update, F&& step) {
+  constexpr int kRun = 256;
+  const int k = op_.kernel, selected = static_cast<int>(update.channels.size());
+  const bool columns = update.axis == Axis::kIn;
+  const int outs = op_.depthwise ? 1 : columns ? out_.channels : selected;
+  const int ins = op_.depthwise || columns ? selected : in_.channels;
+  int64_t offset = update.offset;
+  for (int s = 0; s < outs; ++s) {
+    const int o = columns || op_.depthwise ? s : update.channels[s];
+    for (int tap = 0; tap < k * k; ++tap) {
+      const int ky = tap / k, kx = tap % k;
+      if (backward_ && !columns) {
+        // Whole rows lie in runs in the backward weights: updated there, copied to the forward ones.
+        const int64_t row = static_cast<int64_t>(ky * k + k - 1 - kx) * out_.channels + o;
+        T* forward = forward_.column(o) + static_cast<int64_t>(tap) * in_.channels * forward_.stride(o);
+        for (int c = 0, count; c < ins; c += count, offset += count) {
+          T* const run = backward_.run(row, c, &count);
+          step(run, offset, static_cast<int64_t>(count));
+          for (int i = 0; i < count; ++i) forward[static_cast<int64_t>(c + i) * forward_.stride(o)] = run[i];
+        }
+        continue;
+      }
+      // Scattered weights are gathered, updated and put back.
+      T run[kRun];
+      for (int c = 0, count; c < ins; c += count, offset += count) {
+        count = ins - c < kRun ? ins - c : kRun;
+        const auto at = [&](int i) { return op_.depthwise || columns ? update.channels[c + i] : c + i; };
+        for (int i = 0; i < count; ++i) run[i] = op_.depthwise ? weight(at(i), 0, ky, kx) : weight(o, at(i), ky, kx);
+        step(run, offset, static_cast<int64_t>(count));
+        for (int i = 0; i < count; ++i) {
+          if (op_.depthwise) {
+            set_weight(at(i), 0, ky, kx, run[i]);
+          } else {
+            set_weight(o, at(i), ky, kx, run[i]);
+          }
+        }
+      }
+    }
+  }
+}
 
 extern template class Convolution<float>;
 extern template class Convolution<double>;

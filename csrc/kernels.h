@@ -126,8 +126,7 @@ struct ImageRow {
   T* out;                   // (width, 3)
 };
 
-// Optimisers on a compact run of values; gradients are means already. Each returns whether every new value is finite; with
-// commit = false nothing is written (the session asks first, for all layers, then commits: a failed step changes nothing).
+// Optimisers on a compact run of values; gradients are means already.
 template <class T>
 struct Adam {
   T* weight;                // (count)
@@ -137,7 +136,6 @@ struct Adam {
   int64_t count;
   T learning_rate, beta1, beta2, epsilon;
   T correction1, correction2;   // 1 / (1 - beta^t)
-  bool commit;
 };
 template <class T>
 struct Sgd {
@@ -146,7 +144,6 @@ struct Sgd {
   T* velocity;              // (count), or null without momentum: v = momentum * v + g; w -= learning_rate * v
   int64_t count;
   T learning_rate, momentum;
-  bool commit;
 };
 
 template <class T>
@@ -173,8 +170,10 @@ struct Kernels {
   // sums[c] = sum over pixels of a byte or float image (pixels, 3)
   void (*image_sum)(const uint8_t* bytes, const float* values, int64_t pixels, double* sums);
   void (*image_row)(const ImageRow<T>&);
-  bool (*adam)(const Adam<T>&);
-  bool (*sgd)(const Sgd<T>&);
+  void (*adam)(const Adam<T>&);
+  void (*sgd)(const Sgd<T>&);
+  // The largest |x[i]|; infinity if any is not finite.
+  T (*magnitude)(const T* x, int64_t count);
   // y[i] += x[i]
   void (*accumulate)(const T* x, int64_t count, T* y);
 };

@@ -59,6 +59,17 @@ class PackedMatrix {
   int64_t bytes() const { return values_.bytes(); }
   T& at(int64_t row, int column) { return values_.data()[offsets_[column] + row * widths_[column]]; }
   T at(int64_t row, int column) const { return values_.data()[offsets_[column] + row * widths_[column]]; }
+  // The contiguous run of a row that starts at `column` and ends with its panel.
+  T* run(int64_t row, int column, int* count) {
+    int end = column + 1;
+    const int columns = static_cast<int>(offsets_.size());
+    while (end < columns && offsets_[end] == offsets_[end - 1] + 1) ++end;
+    *count = end - column;
+    return &at(row, column);
+  }
+  // A column: its value in row r is column(c)[r * stride(c)].
+  T* column(int column) { return values_.data() + offsets_[column]; }
+  int stride(int column) const { return widths_[column]; }
 
  private:
   AlignedArray<T> values_;

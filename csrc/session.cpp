@@ -8,7 +8,7 @@ namespace tinytrain {
 namespace {
 
 constexpr unsigned char kPattern = 0xA5, kGuard = 0x5C;
-constexpr int kRunValues = 256;         // weights an optimiser step handles at a time
+constexpr double kLargestGradient = 1e15, kLargestRate = 1e10;
 
 }  // namespace
 
@@ -106,35 +106,6 @@ int64_t Session<T>::resident_weight_bytes() const {
   return bytes;
 }
 
-// Calls body(offset, out, in, ky, kx) for every value of a compact weight gradient, in its order.
-template <class T>
-template <class F>
-void Session<T>::for_each_run(const LayerUpdate& u, F&& body) const {
-  const Op& op = graph_.layer_op(u.layer);
-  const int k = op.kernel, selected = static_cast<int>(u.channels.size());
-  int64_t at = u.offset;
-  if (op.depthwise) {
-    for (int ky = 0; ky < k; ++ky) {
-      for (int kx = 0; kx < k; ++kx) {
-        for (int s = 0; s < selected; ++s) body(at++, u.channels[s], 0, ky, kx);
-      }
-    }
-    return;
-  }
-  const bool columns = u.axis == Axis::kIn;
-  const int outs = columns ? op.out_channels : selected;
-  const int ins = columns ? selected : graph_.layer_input(u.layer).channels;
-  for (int o = 0; o < outs; ++o) {
-    for (int ky = 0; ky < k; ++ky) {
-      for (int kx = 0; kx < k; ++kx) {
-        for (int c = 0; c < ins; ++c) {
-          body(at++, columns ? o : u.channels[o], columns ? u.channels[c] : c, ky, kx);
-        }
-      }
-    }
-  }
-}
-
 template <class T>
 void Session<T>::copy_gradient(int update, T* out) const {
   const LayerUpdate& u = plan_.updates[update];
@@ -151,78 +122,48 @@ void Session<T>::copy_gradient(int update, T* out) const {
 // ---- the optimiser ----
 
 template <class T>
-bool Session<T>::apply_step(double learning_rate, double momentum, bool commit) {
-  const double beta1 = 0.9, beta2 = 0.999;
-  const double t = static_cast<double>(steps_taken_ + 1);
-  bool finite = true;
-  const auto update_run = [&](T* weight, int64_t at, int64_t count) {
+void Session<T>::step(double learning_rate, double momentum) {
+  // With gradients and rate below these, no update, moment or sum of moments can overflow, whatever the weights: a step that
+  // passes the check cannot write a value that is not finite.
+  if (learning_rate > kLargestRate || !(kernels_.magnitude(gradient_, plan_.gradient_count) <= T(kLargestGradient))) {
+    zero_grad();
+    throw NonFinite("step: a gradient is not finite or has exploded (above 1e15); weights were left as they are");
+  }
+  ++steps_taken_;
+  const double beta1 = 0.9, beta2 = 0.999, t = static_cast<double>(steps_taken_);
+  Adam<T> adam{};
+  adam.learning_rate = static_cast<T>(learning_rate);
+  adam.beta1 = static_cast<T>(beta1);
+  adam.beta2 = static_cast<T>(beta2);
+  adam.epsilon = static_cast<T>(1e-8);
+  adam.correction1 = static_cast<T>(1 / (1 - std::pow(beta1, t)));
+  adam.correction2 = static_cast<T>(1 / (1 - std::pow(beta2, t)));
+  Sgd<T> sgd{};
+  sgd.learning_rate = static_cast<T>(learning_rate);
+  sgd.momentum = static_cast<T>(momentum);
+  const auto update = [&](T* weight, int64_t offset, int64_t count) {
     if (plan_.optimizer == Optimizer::kAdam) {
-      Adam<T> a{};
-      a.weight = weight;
-      a.grad = gradient_ + at;
-      a.first_moment = first_moment_ + at;
-      a.second_moment = second_moment_ + at;
-      a.count = count;
-      a.learning_rate = static_cast<T>(learning_rate);
-      a.beta1 = static_cast<T>(beta1);
-      a.beta2 = static_cast<T>(beta2);
-      a.epsilon = static_cast<T>(1e-8);
-      a.correction1 = static_cast<T>(1 / (1 - std::pow(beta1, t)));
-      a.correction2 = static_cast<T>(1 / (1 - std::pow(beta2, t)));
-      a.commit = commit;
-      return kernels_.adam(a);
+      adam.weight = weight;
+      adam.grad = gradient_ + offset;
+      adam.first_moment = first_moment_ + offset;
+      adam.second_moment = second_moment_ + offset;
+      adam.count = count;
+      kernels_.adam(adam);
+    } else {
+      sgd.weight = weight;
+      sgd.grad = gradient_ + offset;
+      sgd.velocity = first_moment_ ? first_moment_ + offset : nullptr;
+      sgd.count = count;
+      kernels_.sgd(sgd);
     }
-    Sgd<T> s{};
-    s.weight = weight;
-    s.grad = gradient_ + at;
-    s.velocity = plan_.optimizer == Optimizer::kMomentum ? first_moment_ + at : nullptr;
-    s.count = count;
-    s.learning_rate = static_cast<T>(learning_rate);
-    s.momentum = static_cast<T>(momentum);
-    s.commit = commit;
-    return kernels_.sgd(s);
   };
   for (const LayerUpdate& u : plan_.updates) {
     if (u.bias) {
-      finite &= update_run(layers_[u.layer].bias(), u.offset, u.count);
-      continue;
+      update(layers_[u.layer].bias(), u.offset, u.count);
+    } else {
+      layers_[u.layer].update_weights(u, update);
     }
-    // The weights lie scattered over their panels: a run of them is gathered, updated and put back.
-    Convolution<T>& layer = layers_[u.layer];
-    T run[kRunValues];
-    struct Place {
-      int out, in, ky, kx;
-    } places[kRunValues];
-    int filled = 0;
-    int64_t first = u.offset;
-    const auto flush = [&] {
-      finite &= update_run(run, first, filled);
-      if (commit) {
-        for (int i = 0; i < filled; ++i) {
-          layer.set_weight(places[i].out, places[i].in, places[i].ky, places[i].kx, run[i]);
-        }
-      }
-      first += filled;
-      filled = 0;
-    };
-    for_each_run(u, [&](int64_t, int out, int in, int ky, int kx) {
-      run[filled] = layer.weight(out, in, ky, kx);
-      places[filled] = {out, in, ky, kx};
-      if (++filled == kRunValues) flush();
-    });
-    if (filled > 0) flush();
   }
-  return finite;
-}
-
-template <class T>
-void Session<T>::step(double learning_rate, double momentum) {
-  if (!apply_step(learning_rate, momentum, false)) {
-    zero_grad();
-    throw NonFinite("step: a gradient or a new weight is not finite; the weights were left as they are");
-  }
-  apply_step(learning_rate, momentum, true);
-  ++steps_taken_;
 }
 
 template <class T>

@@ -86,10 +86,6 @@ class Session {
   struct Pass;
   static constexpr int kMaxLinks = 64;
 
-  template <class F>
-  void for_each_run(const LayerUpdate& update, F&& body) const;
-  bool apply_step(double learning_rate, double momentum, bool commit);
-
   static void run_worker(void* context, int worker);
   void run_pass(Pass& pass);
   void run_image(Worker& worker, Pass& pass, int64_t image);

@@ -95,7 +95,24 @@ TT_INLINE V keep(V v, unsigned bits) {
 #endif
 #endif  // TT_SCALAR
 
+TT_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+TT_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+
 // The first `count` lanes only, the rest zero: for channel counts that are no multiple of the lanes.
+#if defined(TT_AVX512)
+TT_INLINE V load_some(const T* p, int count) {
+  return (V)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+}
+TT_INLINE void store_some(T* p, V v, int count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+}
+#elif defined(TT_AVX2)
+TT_INLINE __m256i first_lanes(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+TT_INLINE V load_some(const T* p, int count) { return (V)_mm256_maskload_ps(p, first_lanes(count)); }
+TT_INLINE void store_some(T* p, V v, int count) { _mm256_maskstore_ps(p, first_lanes(count), (__m256)v); }
+#else
 TT_INLINE V load_some(const T* p, int count) {
   T lanes[kLanes] = {};
   for (int i = 0; i < count; ++i) lanes[i] = p[i];
@@ -106,6 +123,7 @@ TT_INLINE void store_some(T* p, V v, int count) {
   store(lanes, v);
   for (int i = 0; i < count; ++i) p[i] = lanes[i];
 }
+#endif
 TT_INLINE V load_up_to(const T* p, int count) { return count >= kLanes ? load(p) : load_some(p, count); }
 TT_INLINE void store_up_to(T* p, V v, int count) {
   if (count >= kLanes) {

@@ -151,43 +151,45 @@ void image_row(const ImageRow<T>& r) {
   for (int i = 3 * (at + count); i < 3 * r.width; ++i) r.out[i] = 0;
 }
 
-// Finite means: the difference with itself is zero.
-bool adam(const Adam<T>& a) {
+void adam(const Adam<T>& a) {
   const T* __restrict grad = a.grad;
   T* __restrict weight = a.weight;
   T* __restrict first = a.first_moment;
   T* __restrict second = a.second_moment;
-  T fault = 0;
+  const T beta1 = a.beta1, beta2 = a.beta2, epsilon = a.epsilon, correction2 = a.correction2;
+  const T rate = a.learning_rate * a.correction1;
   for (int64_t i = 0; i < a.count; ++i) {
-    const T m = a.beta1 * first[i] + (1 - a.beta1) * grad[i];
-    const T v = a.beta2 * second[i] + (1 - a.beta2) * grad[i] * grad[i];
-    const T w = weight[i] - a.learning_rate * (m * a.correction1) /
-                                (static_cast<T>(__builtin_sqrt(v * a.correction2)) + a.epsilon);
-    fault += (w - w) + (v - v);
-    if (a.commit) {
-      first[i] = m;
-      second[i] = v;
-      weight[i] = w;
-    }
+    const T m = beta1 * first[i] + (1 - beta1) * grad[i];
+    const T v = beta2 * second[i] + (1 - beta2) * grad[i] * grad[i];
+    first[i] = m;
+    second[i] = v;
+    weight[i] -= rate * m / (square_root(v * correction2) + epsilon);
   }
-  return fault == 0;
 }
 
-bool sgd(const Sgd<T>& s) {
+void sgd(const Sgd<T>& s) {
   const T* __restrict grad = s.grad;
   T* __restrict weight = s.weight;
-  T fault = 0;
-  for (int64_t i = 0; i < s.count; ++i) {
-    T step = grad[i];
-    if (s.velocity) step += s.momentum * s.velocity[i];
-    const T w = weight[i] - s.learning_rate * step;
-    fault += w - w;
-    if (s.commit) {
-      if (s.velocity) s.velocity[i] = step;
-      weight[i] = w;
+  T* __restrict velocity = s.velocity;
+  const T rate = s.learning_rate, momentum = s.momentum;
+  if (velocity) {
+    for (int64_t i = 0; i < s.count; ++i) {
+      velocity[i] = momentum * velocity[i] + grad[i];
+      weight[i] -= rate * velocity[i];
     }
+  } else {
+    for (int64_t i = 0; i < s.count; ++i) weight[i] -= rate * grad[i];
   }
-  return fault == 0;
+}
+
+T magnitude(const T* x, int64_t count) {
+  T largest = 0, fault = 0;   // x - x is 0 where x is finite, NaN elsewhere
+  for (int64_t i = 0; i < count; ++i) {
+    const T size = x[i] < 0 ? -x[i] : x[i];
+    largest = size > largest ? size : largest;
+    fault += x[i] - x[i];
+  }
+  return fault == 0 ? largest : T(__builtin_inf());
 }
 
 void accumulate(const T* __restrict x, int64_t count, T* __restrict y) {

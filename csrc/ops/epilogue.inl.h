@@ -46,36 +46,60 @@ __attribute__((noinline)) void finish_tile(const Epilogue<T>& e, const V* sums, 
   }
 }
 
-// The forward pass of a frozen layer (bias, activation, perhaps a shortcut) does not leave the registers; it is most of the
-// work, often with a depth of only 8. Everything else goes through finish_tile.
+// Most results do not leave the registers: a frozen layer's (bias, activation, perhaps a shortcut), a layer's whose ReLU6 bits are
+// kept, and a gradient's behind a ReLU; often the depth is only 8 and the epilogue as long as the reduction. Everything else
+// goes through finish_tile.
 template <int P, int N>
 TT_INLINE void finish_sums(const Epilogue<T>& e, V (&sums)[P][N], int64_t pixel, int channel, int channels) {
-  const bool simple = e.bias && !e.mask_out && !e.mask_in && !e.fisher && channel + N * kLanes <= channels;
-  if (!simple) {
+  const bool whole = channel + N * kLanes <= channels && (kLanes >= 8 || N * kLanes % 8 == 0);
+  const bool frozen = whole && e.bias && !e.mask_out && !e.mask_in && !e.fisher;
+  const bool saving = whole && e.bias && e.mask_out && e.activation == Activation::kRelu6 && !e.addend && !e.mask_in && !e.fisher;
+  const bool gradient = whole && !e.bias && !e.addend && e.mask_in && e.activation == Activation::kNone;
+  T* const out = e.out + pixel * e.out_stride + channel;
+  if (frozen || saving) {
+    unroll<N>(TT_EACH {
+      const V bias = load(e.bias + channel + i * kLanes);
+      unroll<P>(TT_EACH_J { sums[j][i] += bias; });
+    });
+    if (e.addend) {
+      const T* addend = e.addend + pixel * e.addend_stride + channel;
+      unroll<P * N>(TT_EACH { sums[i / N][i % N] += load(addend + (i / N) * e.addend_stride + (i % N) * kLanes); });
+    }
+    if (saving) {
+      uint8_t* mask = e.mask_out + pixel * mask_bytes(channels);
+      unroll<P * N>(TT_EACH {
+        const unsigned bits = positive(sums[i / N][i % N]) & below(sums[i / N][i % N], splat(6));
+        store_bits(mask + (i / N) * mask_bytes(channels), channel + (i % N) * kLanes, channels, bits);
+      });
+    }
+    if (e.activation != Activation::kNone) {
+      unroll<P * N>(TT_EACH { sums[i / N][i % N] = clamp_below(sums[i / N][i % N], splat(0)); });
+      if (e.activation == Activation::kRelu6) {
+        unroll<P * N>(TT_EACH { sums[i / N][i % N] = clamp_above(sums[i / N][i % N], splat(6)); });
+      }
+    }
+    unroll<P * N>(TT_EACH { store(out + (i / N) * e.out_stride + (i % N) * kLanes, sums[i / N][i % N]); });
+  } else if (gradient) {
+    const uint8_t* mask = e.mask_in + pixel * mask_bytes(channels);
+    unroll<P * N>(TT_EACH {
+      const unsigned bits = load_bits(mask + (i / N) * mask_bytes(channels), channel + (i % N) * kLanes, channels);
+      sums[i / N][i % N] = keep(sums[i / N][i % N], bits);
+      store(out + (i / N) * e.out_stride + (i % N) * kLanes, sums[i / N][i % N]);
+    });
+    if (e.fisher) {
+      const T* values = e.values + pixel * e.out_stride + channel;
+      unroll<N>(TT_EACH {
+        V fisher{};
+        unroll<P>(TT_EACH_J { fisher += sums[j][i] * load(values + j * e.out_stride + i * kLanes); });
+        T* at = e.fisher + channel + i * kLanes;
+        store(at, load(at) + fisher);
+      });
+    }
+  } else {
     V spilled[P * N];
     unroll<P * N>(TT_EACH { spilled[i] = sums[i / N][i % N]; });
     finish_tile(e, spilled, pixel, P, channel, N, channels);
-    return;
   }
-  T* out = e.out + pixel * e.out_stride + channel;
-  unroll<N>(TT_EACH {
-    const V bias = load(e.bias + channel + i * kLanes);
-    unroll<P>(TT_EACH_J { sums[j][i] += bias; });
-  });
-  if (e.addend) {
-    const T* addend = e.addend + pixel * e.addend_stride + channel;
-    unroll<P * N>(TT_EACH { sums[i / N][i % N] += load(addend + (i / N) * e.addend_stride + (i % N) * kLanes); });
-  }
-  if (e.activation == Activation::kRelu6) {
-    unroll<P * N>(TT_EACH {
-      store(out + (i / N) * e.out_stride + (i % N) * kLanes, activate(sums[i / N][i % N], Activation::kRelu6));
-    });
-    return;
-  }
-  if (e.activation == Activation::kRelu) {
-    unroll<P * N>(TT_EACH { sums[i / N][i % N] = activate(sums[i / N][i % N], Activation::kRelu); });
-  }
-  unroll<P * N>(TT_EACH { store(out + (i / N) * e.out_stride + (i % N) * kLanes, sums[i / N][i % N]); });
 }
 
 void apply_epilogue(const T* input, int64_t pixels, int channels, const Epilogue<T>& e) {

@@ -75,7 +75,10 @@ void gemm(const Gemm<T>& g) {
   }
 }
 
-// ---- grad_weight: a tile of R selected outputs x N vectors of inputs; pixels are the depth ----
+// ---- grad_weight: an outer product summed over pixels ----
+//
+// A tile of R rows x N vectors: rows are broadcast, vectors loaded. Rows are the selected outputs and vectors the inputs, or, if
+// that fills the vectors better (an expansion of 8 channels to 48), the other way round with a transposed store.
 
 #if defined(TT_NEON) || defined(TT_AVX512)
 constexpr int kGradRows = 8;
@@ -85,21 +88,32 @@ constexpr int kGradRows = 6;
 constexpr int kGradRows = 4;
 #endif
 
+// rows (pixels, row_count) x vectors (pixels, vector_count) -> grad, whose strides say which of them is its row.
+struct OuterProduct {
+  const T* rows;
+  const T* vectors;
+  int64_t row_stride, vector_stride;   // between pixels
+  int row_count, vector_count;
+  int pixels;
+  T* grad;
+  int64_t grad_row_stride, grad_vector_stride;   // between values of rows, of vectors
+};
+
 template <int R, int N, bool kWhole>
-TT_INLINE void grad_weight_tile(const GemmGradWeight<T>& g, int row, int column) {
+TT_INLINE void outer_tile(const OuterProduct& g, int row, int column) {
   V acc[R][N];
   unroll<R * N>(TT_EACH { acc[i / N][i % N] = V{}; });
-  const T* grad_output = g.grad_output + row;
-  const T* input = g.input + column;
-  const int last = g.depth - column - (N - 1) * kLanes;   // values in the last vector
+  const T* rows = g.rows + row;
+  const T* vectors = g.vectors + column;
+  const int last = g.vector_count - column - (N - 1) * kLanes;   // values in the last vector
   for (int p = 0; p < g.pixels; ++p) {
     V x[N];
     unroll<N>(TT_EACH {
-      x[i] = kWhole || i + 1 < N ? load(input + i * kLanes) : load_some(input + i * kLanes, last);
+      x[i] = kWhole || i + 1 < N ? load(vectors + i * kLanes) : load_some(vectors + i * kLanes, last);
     });
 #if defined(TT_NEON)
     if constexpr (R == 8) {
-      const V low = load(grad_output), high = load(grad_output + 4);
+      const V low = load(rows), high = load(rows + 4);
       unroll<8 * N>(TT_EACH {
         constexpr int kRow = i.value / N;
         acc[kRow][i % N] += x[i % N] * (kRow < 4 ? low : high)[kRow % 4];
@@ -107,40 +121,64 @@ TT_INLINE void grad_weight_tile(const GemmGradWeight<T>& g, int row, int column)
     } else
 #endif
       unroll<R>(TT_EACH {
-        const V d = splat(grad_output[i]);
+        const V d = splat(rows[i]);
         unroll<N>(TT_EACH_J { acc[i][j] += x[j] * d; });
       });
-    grad_output += g.grad_output_stride;
-    input += g.input_stride;
+    rows += g.row_stride;
+    vectors += g.vector_stride;
   }
-  unroll<R>(TT_EACH {
-    T* out = g.grad + static_cast<int64_t>(row + i) * g.grad_stride + column;
-    unroll<N>(TT_EACH_J {
-      T* p = out + j * kLanes;
-      if (kWhole || j + 1 < N) {
-        store(p, load(p) + acc[i][j]);
+  T* const out = g.grad + row * g.grad_row_stride + column * g.grad_vector_stride;
+  if (g.grad_vector_stride == 1) {
+    unroll<R * N>(TT_EACH {
+      T* p = out + (i / N) * g.grad_row_stride + (i % N) * kLanes;
+      if (kWhole || i % N + 1 < N) {
+        store(p, load(p) + acc[i / N][i % N]);
       } else {
-        store_some(p, load_some(p, last) + acc[i][j], last);
+        store_some(p, load_some(p, last) + acc[i / N][i % N], last);
       }
     });
-  });
-}
-
-template <int R>
-TT_INLINE void grad_weight_rows(const GemmGradWeight<T>& g, int row) {
-  int column = 0;
-  for (; column + 2 * kLanes <= g.depth; column += 2 * kLanes) grad_weight_tile<R, 2, true>(g, row, column);
-  for (; column + kLanes <= g.depth; column += kLanes) grad_weight_tile<R, 1, true>(g, row, column);
-  if (column < g.depth) grad_weight_tile<R, 1, false>(g, row, column);
-}
-
-// Whole groups of R selected outputs, then ever smaller ones.
-template <int R>
-void grad_weight_groups(const GemmGradWeight<T>& g, int row) {
-  for (; row + R <= g.selected; row += R) grad_weight_rows<R>(g, row);
-  if constexpr (R > 1) {
-    if (row < g.selected) grad_weight_groups<(R > 4 ? 4 : R / 2)>(g, row);
+  } else {
+    T sums[R * N * kLanes];
+    unroll<R * N>(TT_EACH { store(sums + i * kLanes, acc[i / N][i % N]); });
+    const int count = kWhole ? N * kLanes : (N - 1) * kLanes + last;
+    for (int j = 0; j < count; ++j) {
+      for (int r = 0; r < R; ++r) out[r * g.grad_row_stride + j * g.grad_vector_stride] += sums[r * N * kLanes + j];
+    }
   }
 }
 
-void gemm_grad_weight(const GemmGradWeight<T>& g) { grad_weight_groups<kGradRows>(g, 0); }
+// Whole groups of R rows, then ever smaller ones.
+template <int R>
+void outer_product(const OuterProduct& g, int row) {
+  for (; row + R <= g.row_count; row += R) {
+    int column = 0;
+    for (; column + 2 * kLanes <= g.vector_count; column += 2 * kLanes) outer_tile<R, 2, true>(g, row, column);
+    const int rest = g.vector_count - column;
+    if (rest > kLanes) {
+      outer_tile<R, 2, false>(g, row, column);
+    } else if (rest == kLanes) {
+      outer_tile<R, 1, true>(g, row, column);
+    } else if (rest > 0) {
+      outer_tile<R, 1, false>(g, row, column);
+    }
+  }
+  if constexpr (R > 1) {
+    if (row < g.row_count) outer_product<(R > 4 ? 4 : R / 2)>(g, row);
+  }
+}
+
+// FMA slots a pixel takes: pairs of vectors keep the FMA ports busy, single ones wait for the broadcasts.
+constexpr int outer_cost(int rows, int vectors) {
+  const int pairs = vectors / (2 * kLanes), rest = vectors - pairs * 2 * kLanes;
+  const int groups = (rows + kGradRows - 1) / kGradRows;
+  return groups * (pairs * 16 + (rest > kLanes ? 16 : rest > 0 ? 9 : 0));
+}
+
+void gemm_grad_weight(const GemmGradWeight<T>& g) {
+  const OuterProduct direct{g.grad_output, g.input, g.grad_output_stride, g.input_stride, g.selected, g.depth,
+                            g.pixels,      g.grad,  g.grad_stride,        1};
+  const OuterProduct turned{g.input,  g.grad_output, g.input_stride, g.grad_output_stride, g.depth, g.selected,
+                            g.pixels, g.grad,        1,              g.grad_stride};
+  const bool turn = kLanes > 1 && outer_cost(g.depth, g.selected) < outer_cost(g.selected, g.depth);
+  outer_product<kGradRows>(turn ? turned : direct, 0);
+}
