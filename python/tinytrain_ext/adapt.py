@@ -106,7 +106,7 @@ def adapt(
     optimizer: "adam", "momentum" or "sgd"; learning_rate: 3e-3, 3e-2 or 1e-1 by default.
     progress: called with (phase, done, total). The result depends on seed, not on threads.
 
-    Raises BudgetExceeded, naming the smallest budget that would do, before any training;
+    Raises BudgetExceeded, naming the smallest budget that would do, before any training starts;
     NonFiniteError when training diverges; ValueError and TypeError for inputs not as above.
     `network` itself never changes, whatever is raised or interrupted.
     """
@@ -144,7 +144,7 @@ def adapt(
                     network, images, labels, rng=rng, threads=threads, memory_bytes=memory_bytes
                 )
             except BudgetExceeded as error:
-                raise _smallest_for_both(error, costs, budget, choose) from error
+                raise _smallest(error, costs, budget, choose) from error
         report("fisher", 1, 1)
         with _timed(timings, "selection"):  # lines 3 and 4
             policy = choose(fisher.information, budget=budget)
@@ -283,7 +283,7 @@ def _check_compute(policy: UpdatePolicy, costs: Profile, budget: Budget) -> None
         )
 
 
-def _smallest_for_both(
+def _smallest(
     error: BudgetExceeded,
     costs: Profile,
     budget: Budget | None,

@@ -55,6 +55,11 @@ class LayerCost:
     in_elements: int
     out_elements: int
 
+    @property
+    def saved_bytes(self) -> int:
+        """fp32 bytes of its input, which training it keeps (B4)."""
+        return 4 * self.in_elements
+
     def channels(self, axis: str) -> int:
         """Channels along `axis`, "out" or "in"."""
         return self.out_channels if axis == "out" else self.in_channels
@@ -93,7 +98,7 @@ class Profile:
 
     def saved_bytes(self, policy: UpdatePolicy) -> int:
         """B4: inputs of the convolutions whose weights are updated."""
-        return sum(4 * self.layers[layer].in_elements for layer in policy.layers)
+        return sum(self.layers[layer].saved_bytes for layer in policy.layers)
 
     def updated_weights(self, policy: UpdatePolicy) -> int:
         """Weights `policy` trains, without biases."""
@@ -133,7 +138,7 @@ class Profile:
         """B3 + B4 when every layer of the last `blocks` blocks is updated, with the unmarked
         convolutions behind them (Table 7)."""
         layers = inspected_layers(self.network, blocks)
-        saved = sum(4 * self.layers[layer].in_elements for layer in layers)
+        saved = sum(self.layers[layer].saved_bytes for layer in layers)
         return saved + self._mask_bytes(self._reached(layers))
 
     def full_train_bytes(self, images: int) -> int:
