@@ -1,0 +1,178 @@
+"""Few-shot episodes of real photos: accuracy with and without adaptation.
+
+    TINYTRAIN_DATA=DIR TINYTRAIN_WEIGHTS=DIR python -m benchmarks.real_episodes --episodes 20
+
+For each imported network and test domain (traffic signs, Omniglot's evaluation alphabets, flowers):
+5 to 20 ways, 3 to 10 shots, up to 9 queries a class from the remaining images (traffic signs: from
+other tracks), adapted by `tinytrain_ext.adapt` within 1 MiB and 15 %. Same episodes for every
+network. Nothing is chosen on these domains. One JSON line an episode in --out, which a second run
+continues; a table at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import tinytrain_ext as tt
+from tinytrain_ext.images import load_image
+from tinytrain_ext.importers import import_int8
+
+NETWORKS = {"mcunet": "mcunet-5fps", "mobilenetv2": "mbv2-w0.35", "proxylessnas": "proxyless-w0.3"}
+DOMAINS = ("traffic_sign", "omniglot", "vgg_flower")
+
+
+def test_classes(data: Path, domain: str) -> dict[str, list[Path]]:
+    """{class: images} of a domain's test split."""
+    folders = {path.name: path for path in sorted((data / domain).iterdir()) if path.is_dir()}
+    splits = data / "_splits"
+    if domain == "vgg_flower":
+        flowers = json.loads((splits / "class_map.json").read_text())[domain]
+        folders = {n: p for n, p in folders.items() if flowers[n]["meta_dataset_split"] == "test"}
+    elif domain == "omniglot":
+        halves = json.loads((splits / "omniglot" / "background_evaluation.json").read_text())
+        folders = {n: p for n, p in folders.items() if halves[n] == "evaluation"}
+    return {name: sorted(path.iterdir()) for name, path in folders.items()}
+
+
+def sample(
+    classes: dict[str, list[Path]], by_track: bool, rng: np.random.Generator
+) -> tuple[list[list[Path]], list[list[Path]]]:
+    """Support and query images of one episode, by class; disjoint (and by track)."""
+    ways = int(rng.integers(5, min(20, len(classes)) + 1))
+    shots = int(rng.integers(3, 11))
+    support, query = [], []
+    for name in rng.choice(sorted(classes), ways, replace=False):
+        paths = classes[str(name)]
+        if by_track:
+            tracks: dict[str, list[Path]] = defaultdict(list)
+            for path in paths:
+                tracks[path.name.split("_")[0]].append(path)
+            order = [tracks[t] for t in rng.permutation(sorted(tracks))]
+            near: list[Path] = []
+            while len(near) < shots and len(order) > 1:
+                near += order.pop()
+            far = [path for track in order for path in track]
+        else:
+            shuffled = [paths[i] for i in rng.permutation(len(paths))]
+            near, far = shuffled[:shots], shuffled[shots:]
+        support.append([near[i] for i in rng.permutation(len(near))[:shots]])
+        query.append([far[i] for i in rng.permutation(len(far))[:9]])
+    return support, query
+
+
+def load(
+    groups: list[list[Path]], network: tt.Network
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images (N, H, W, 3) and labels (N,) of paths grouped by class."""
+    images = [load_image(p, resize=network.resize, input_size=network.input_size) for g in groups for p in g]
+    labels = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
+    return np.stack(images), labels.astype(np.int64)
+
+
+def accuracy(
+    network: tt.Network,
+    prototypes: NDArray[np.float32],
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+) -> float:
+    """Share of images whose nearest prototype (by cosine) is their class's."""
+    features = network.embed(images)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    return float(((features @ prototypes.T).argmax(axis=1) == labels).mean())
+
+
+def run_episode(
+    network: tt.Network, domain: str, data: Path, episode: int, budget: tt.Budget, **options: Any
+) -> dict[str, Any]:
+    """One row: accuracy before and after, sizes, what was selected, seconds."""
+    rng = np.random.default_rng([DOMAINS.index(domain), episode])
+    classes = test_classes(data, domain)
+    support, query = sample(classes, domain == "traffic_sign", rng)
+    images, labels = load(support, network)
+    queries, targets = load(query, network)
+    start = time.process_time()
+    result = tt.adapt(network, images, labels, budget=budget, seed=episode, **options)
+    seconds = time.process_time() - start
+    before = tt.adapt(network, images, labels, policy=tt.UpdatePolicy({}), iterations=0).network
+    assert before.prototypes is not None
+    assert result.network.prototypes is not None
+    return {
+        "domain": domain,
+        "episode": episode,
+        "ways": len(support),
+        "support": len(images),
+        "query": len(queries),
+        "accuracy_before": accuracy(network, before.prototypes, queries, targets),
+        "accuracy_after": accuracy(result.network, result.network.prototypes, queries, targets),
+        "layers": {layer: len(u.channels) for layer, u in result.policy.layers.items()},
+        "peak_bytes": result.peak_bytes,
+        "cpu_seconds": seconds,
+    }
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half of its 95 % interval."""
+    return float(np.mean(values)), float(1.96 * np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--episodes", type=int, default=20)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--domains", nargs="+", default=list(DOMAINS), choices=DOMAINS)
+    parser.add_argument("--memory", type=int, default=1 << 20, help="bytes")
+    parser.add_argument("--compute", type=float, default=0.15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines; continued if it exists")
+    arguments = parser.parse_args()
+    places = {name: os.environ.get(name) for name in ("TINYTRAIN_DATA", "TINYTRAIN_WEIGHTS")}
+    for name, place in places.items():
+        if not place:
+            print(f"{name} is not set: it names the folder with the data", file=sys.stderr)
+            return 2
+    data, weights = Path(str(places["TINYTRAIN_DATA"])), Path(str(places["TINYTRAIN_WEIGHTS"]))
+    rows = (
+        [json.loads(line) for line in arguments.out.read_text().splitlines()]
+        if arguments.out.exists()
+        else []
+    )
+    done = {(row["network"], row["domain"], row["episode"]) for row in rows}
+    budget = tt.Budget(memory_bytes=arguments.memory, compute=arguments.compute)
+    with arguments.out.open("a") as out:
+        for name in arguments.networks:
+            network = import_int8(weights / f"{NETWORKS[name]}.pkl")
+            for domain in arguments.domains:
+                for episode in range(arguments.episodes):
+                    if (name, domain, episode) in done:
+                        continue
+                    row = run_episode(
+                        network, domain, data, episode, budget, threads=arguments.threads
+                    )
+                    rows.append({"network": name, **row})
+                    out.write(json.dumps(rows[-1]) + "\n")
+                    out.flush()
+    print(f"{'network':<14}{'domain':<14}{'n':>4}  {'before':>13}  {'after':>13}  {'gain':>13}")
+    for name in arguments.networks:
+        for domain in arguments.domains:
+            mine = [r for r in rows if r["network"] == name and r["domain"] == domain]
+            before = [100 * r["accuracy_before"] for r in mine]
+            after = [100 * r["accuracy_after"] for r in mine]
+            cells = [interval(before), interval(after)]
+            cells.append(interval([a - b for a, b in zip(after, before, strict=True)]))
+            text = "  ".join(f"{mean:6.1f} +-{half:4.1f}" for mean, half in cells)
+            print(f"{name:<14}{domain:<14}{len(mine):>4}  {text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
