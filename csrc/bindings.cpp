@@ -325,10 +325,23 @@ class PyConvolution {
   PyConvolution(const Array<float>& weight, const Array<float>& bias, int height, int width, int stride, int padding,
                 bool depthwise, const std::string& activation, const std::string& isa)
       : kernels_(kernels<T>(isa)) {
-    if (weight.ndim() != 4) bad_shape("weight", "(O, C / groups, k, k)", weight);
+    if (weight.ndim() != 4 || weight.shape(2) != weight.shape(3) || weight.size() == 0 || (depthwise && weight.shape(1) != 1)) {
+      bad_shape("weight", depthwise ? "(O, 1, k, k)" : "(O, C, k, k)", weight);
+    }
+    const int kernel = static_cast<int>(weight.shape(2));
+    if (kernel > Convolution<T>::kMaxKernel || stride < 1 || padding < 0 || padding >= kernel) {
+      throw py::value_error("kernel, stride, padding: expected 1 to " + std::to_string(Convolution<T>::kMaxKernel) +
+                            ", 1 or more, 0 to kernel - 1; got " + std::to_string(kernel) + ", " + std::to_string(stride) + ", " +
+                            std::to_string(padding));
+    }
+    if (std::min(height, width) < 1 || std::min(height, width) + 2 * padding < kernel) {
+      throw py::value_error("height, width: expected at least the kernel without its padding, " +
+                            std::to_string(std::max(kernel - 2 * padding, 1)) + ", got " + std::to_string(height) + ", " +
+                            std::to_string(width));
+    }
     Op op;
     op.inputs = {1};
-    op.kernel = static_cast<int>(weight.shape(2));
+    op.kernel = kernel;
     op.stride = stride;
     op.padding = padding;
     op.depthwise = depthwise;
@@ -342,9 +355,9 @@ class PyConvolution {
 
   // x (N, H, W, C), addend (N, H', W', O) or None -> y (N, H', W', O), ReLU bits (N, H' * W', ceil(O / 8))
   std::pair<Array<T>, Array<uint8_t>> forward(const Array<T>& x, const std::optional<Array<T>>& addend) const {
-    check(x, "x", in_);
-    if (addend) check(*addend, "addend", out_);
+    check(x, "x", -1, in_);
     const int64_t count = x.shape(0);
+    if (addend) check(*addend, "addend", count, out_);
     Array<T> y({count, static_cast<int64_t>(out_.height), static_cast<int64_t>(out_.width), static_cast<int64_t>(out_.channels)});
     Array<uint8_t> mask({count, out_.pixels(), static_cast<int64_t>(mask_bytes(out_.channels))});
     AlignedArray<T> scratch(Convolution<T>::forward_scratch(conv_->op(), in_.width, in_.channels));
@@ -364,10 +377,10 @@ class PyConvolution {
   std::pair<Array<T>, Array<T>> grad_input(const Array<T>& grad_output, const std::optional<Array<T>>& addend,
                                            const std::optional<Array<uint8_t>>& mask,
                                            const std::optional<Array<T>>& values) const {
-    check(grad_output, "grad_output", out_);
+    check(grad_output, "grad_output", -1, out_);
     const int64_t count = grad_output.shape(0);
-    if (addend) check(*addend, "addend", in_);
-    if (values) check(*values, "values", in_);
+    if (addend) check(*addend, "addend", count, in_);
+    if (values) check(*values, "values", count, in_);
     if (mask) check_shape("mask", *mask, {count, in_.pixels(), mask_bytes(in_.channels)});
     Array<T> dx({count, static_cast<int64_t>(in_.height), static_cast<int64_t>(in_.width), static_cast<int64_t>(in_.channels)});
     Array<T> fisher({count, static_cast<int64_t>(in_.channels)});
@@ -391,8 +404,8 @@ class PyConvolution {
   // -> (S, C / groups, k, k) for axis out, (O, S, k, k) for axis in: summed over images
   Array<T> grad_weight(const Array<T>& grad_output, const Array<T>& x, const std::vector<int32_t>& channels,
                        const std::string& axis) const {
-    check(grad_output, "grad_output", out_);
-    check(x, "x", in_);
+    check(grad_output, "grad_output", -1, out_);
+    check(x, "x", grad_output.shape(0), in_);
     const Op& op = conv_->op();
     LayerUpdate u;
     u.axis = axis_of(axis);
@@ -428,8 +441,8 @@ class PyConvolution {
   }
 
  private:
-  static void check(const Array<T>& array, const char* name, Shape shape) {
-    check_shape(name, array, {-1, shape.height, shape.width, shape.channels});
+  static void check(const Array<T>& array, const char* name, int64_t images, Shape shape) {
+    check_shape(name, array, {images, shape.height, shape.width, shape.channels});
   }
 
   const Kernels<T>& kernels_;
@@ -493,6 +506,14 @@ PYBIND11_MODULE(_core, m) {
   });
   m.def("available_isas", &available_isas);
   m.def("default_isa", [] { return std::string(kernels_f32().isa); });
+  m.def(
+      "fma_peak",
+      [](const std::string& isa, int64_t rounds) {
+        float value = 0.999f;
+        py::gil_scoped_release release;
+        return kernels_f32(isa).fma_peak(rounds, &value);
+      },
+      py::arg("isa"), py::arg("rounds"), "Runs FMAs at full rate; returns how many multiply-adds that were.");
   m.def(
       "plan",
       [](int image_size, const std::vector<OpTuple>& operations, const std::vector<UpdateTuple>& updates,

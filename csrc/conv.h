@@ -29,6 +29,7 @@ struct RowView {
 // A compact weight gradient as its users want it: `ins` weights a kernel position, (outputs, ins, k, k).
 template <class T>
 void copy_compact(const Op& op, const LayerUpdate& update, int64_t ins, const T* grad, T* out) {
+  if (update.count == 0) return;   // no channel selected
   const int64_t taps = static_cast<int64_t>(op.kernel) * op.kernel;
   const int64_t outs = update.count / (ins * taps);
   for (int64_t o = 0; o < outs; ++o) {
@@ -43,6 +44,8 @@ void copy_compact(const Op& op, const LayerUpdate& update, int64_t ins, const T*
 template <class T>
 class Convolution {
  public:
+  static constexpr int kMaxKernel = 15;
+
   // `weight` (O, C / groups, k, k), `bias` (O); with_backward also packs the weights for grad_input.
   Convolution(const Op& op, Shape in, Shape out, const float* weight, const float* bias, bool with_backward,
               const Kernels<T>& kernels);
@@ -86,7 +89,6 @@ class Convolution {
   void forward_dense(RowView<const T> in, RowView<T> out, const ImageSource<T>* image, int begin, int until, T* scratch,
                      int* loaded, const Epilogue<T>& e) const;
 
-  static constexpr int kMaxKernel = 15;
   Op op_;
   Shape in_, out_;
   const Kernels<T>& kernels_;
