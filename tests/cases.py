@@ -1,0 +1,126 @@
+"""The convolutions that tests and benchmarks run: one table.
+
+Every distinct layer shape of the paper's three networks, and awkward tails: odd maps, channel
+counts that fill no vector, kernels larger than the map, no padding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from tinytrain_ext.architectures import ARCHITECTURES, operations
+from tinytrain_ext.network import tensor_shapes
+
+__all__ = ["CASES", "NETWORK_CASES", "TAIL_CASES", "ConvCase"]
+
+_INPUT_SIZE = 128
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """One convolution: kind is "pointwise", "depthwise" or "dense" (any other)."""
+
+    in_channels: int
+    out_channels: int
+    height: int
+    width: int
+    kernel: int = 1
+    stride: int = 1
+    padding: int = 0
+    depthwise: bool = False
+
+    @property
+    def kind(self) -> str:
+        if self.depthwise:
+            return "depthwise"
+        pointwise = self.kernel == 1 and self.stride == 1 and self.padding == 0
+        return "pointwise" if pointwise else "dense"
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{self.kind}-{self.in_channels}to{self.out_channels}-{self.height}x{self.width}"
+            f"-k{self.kernel}s{self.stride}p{self.padding}"
+        )
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        fan_in = 1 if self.depthwise else self.in_channels
+        return (self.out_channels, fan_in, self.kernel, self.kernel)
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(height, width) of the output."""
+        reach = 2 * self.padding - self.kernel
+        return (self.height + reach) // self.stride + 1, (self.width + reach) // self.stride + 1
+
+    @property
+    def macs(self) -> int:
+        height, width = self.output_size
+        fan_in = self.kernel**2 * (1 if self.depthwise else self.in_channels)
+        return height * width * self.out_channels * fan_in
+
+
+def _network_cases() -> list[ConvCase]:
+    cases: list[ConvCase] = []
+    for architecture in ARCHITECTURES.values():
+        graph = operations(architecture, feature_mix=True)
+        shapes = tensor_shapes(graph, _INPUT_SIZE)
+        for operation in graph:
+            if operation.kind != "conv":
+                continue
+            height, width, _ = shapes[operation.inputs[0]]
+            case = ConvCase(
+                operation.in_channels,
+                operation.out_channels,
+                height,
+                width,
+                operation.kernel,
+                operation.stride,
+                operation.padding,
+                operation.depthwise,
+            )
+            cases.append(case)
+    return list(dict.fromkeys(cases))
+
+
+def _tail_cases() -> list[ConvCase]:
+    """Kernel, stride, padding and map in every combination; channel counts taken in turn."""
+    maps = ((5, 7), (3, 3), (13, 9))
+    channels = (1, 3, 5, 9, 12, 17, 20, 24, 40)
+    cases: list[ConvCase] = []
+    turn = itertools.cycle(channels)
+    depthwise = itertools.product((1, 3, 5, 7), (1, 2), (False, True), (*maps, (6, 12), (12, 24)))
+    for kernel, stride, padded, (height, width) in depthwise:
+        count = next(turn)
+        padding = (kernel - 1) // 2 if padded else 0
+        if min(height, width) + 2 * padding >= kernel:
+            case = ConvCase(count, count, height, width, kernel, stride, padding, depthwise=True)
+            cases.append(case)
+    # Whole vectors of every instruction set on maps that are cut into several tiles.
+    for kernel, stride in itertools.product((3, 5, 7), (1, 2)):
+        case = ConvCase(16, 16, 12, 12, kernel, stride, (kernel - 1) // 2, depthwise=True)
+        cases.append(case)
+    pairs = itertools.cycle(zip(channels, (17, 40, 9, 12, 1, 24, 3, 20, 5), strict=True))
+    dense = itertools.product((1, 2, 3, 5, 7), (1, 2), (False, True), maps)
+    for kernel, stride, padded, (height, width) in dense:
+        in_channels, out_channels = next(pairs)
+        padding = (kernel - 1) // 2 if padded else 0
+        if min(height, width) + 2 * padding >= kernel:
+            cases.append(
+                ConvCase(in_channels, out_channels, height, width, kernel, stride, padding)
+            )
+    for (in_channels, out_channels), (height, width) in itertools.product(
+        zip(channels, channels[::-1], strict=True), (maps[0], maps[2])
+    ):
+        cases.append(ConvCase(in_channels, out_channels, height, width))
+    # More pixels than one block of a weight gradient.
+    cases.append(ConvCase(9, 20, 23, 29))
+    cases.append(ConvCase(1, 1, 1, 1))
+    return list(dict.fromkeys(cases))
+
+
+NETWORK_CASES = tuple(_network_cases())
+TAIL_CASES = tuple(case for case in _tail_cases() if case not in NETWORK_CASES)
+CASES = NETWORK_CASES + TAIL_CASES
