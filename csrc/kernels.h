@@ -47,7 +47,7 @@ struct Gemm {
   int depth;
   int64_t pixel_stride;
   int pixels;
-  const T* weights;         // packed: panels of `panel_vectors * lanes` outputs, each [kernel row][depth][panel]; see pack.h
+  const T* weights;         // packed: panels of outputs, each [kernel row][depth][panel]; see pack.h
   int kernel_rows;          // kernel rows in the packed weights
   int outputs;              // O
   Epilogue<T> epilogue;     // at the first pixel
@@ -176,6 +176,8 @@ struct Kernels {
   T (*magnitude)(const T* x, int64_t count);
   // y[i] += x[i]
   void (*accumulate)(const T* x, int64_t count, T* y);
+  // Benchmarks: `rounds` times an FMA in each of enough independent vectors to fill the ports; returns how many values that were.
+  int64_t (*fma_peak)(int64_t rounds, T* result);
 };
 
 }  // namespace tinytrain

@@ -36,16 +36,16 @@ class AlignedArray {
   int64_t count_ = 0;
 };
 
-// A (rows, columns) matrix in panels of columns: [panel][row][column in panel]. Panels are `panel` wide; the last one is one
-// vector wide if that is enough. Columns behind the last are zero.
+// A (rows, columns) matrix in panels of columns: [panel][row][column in panel]. Panels are `panel` wide, the last one as many
+// vectors as it needs; columns behind the last are zero.
 template <class T>
 class PackedMatrix {
  public:
   PackedMatrix() = default;
   PackedMatrix(int rows, int columns, int lanes, int panel) : offsets_(columns), widths_(columns) {
     int64_t total = 0;
-    for (int first = 0; first < columns; first += panel) {
-      const int width = columns - first > panel - lanes ? panel : lanes;
+    for (int first = 0, width; first < columns; first += width) {
+      width = columns - first < panel ? (columns - first + lanes - 1) / lanes * lanes : panel;
       for (int c = first; c < columns && c < first + width; ++c) {
         offsets_[c] = total + (c - first);
         widths_[c] = width;

@@ -195,3 +195,19 @@ T magnitude(const T* x, int64_t count) {
 void accumulate(const T* __restrict x, int64_t count, T* __restrict y) {
   for (int64_t i = 0; i < count; ++i) y[i] += x[i];
 }
+
+int64_t fma_peak(int64_t rounds, T* result) {
+  constexpr int kChains = 12;
+  V sum[kChains];
+  unroll<kChains>(TT_EACH { sum[i] = splat(T(i.value)); });
+  const V factor = splat(*result);
+  for (int64_t r = 0; r < rounds; ++r) {
+    unroll<kChains>(TT_EACH { sum[i] = sum[i] * factor + factor; });
+  }
+  V total{};
+  unroll<kChains>(TT_EACH { total += sum[i]; });
+  T lanes[kLanes];
+  store(lanes, total);
+  *result = lanes[0];
+  return rounds * kChains * kLanes;
+}

@@ -51,11 +51,13 @@ __attribute__((noinline)) void finish_tile(const Epilogue<T>& e, const V* sums, 
 // goes through finish_tile.
 template <int P, int N>
 TT_INLINE void finish_sums(const Epilogue<T>& e, V (&sums)[P][N], int64_t pixel, int channel, int channels) {
-  const bool whole = channel + N * kLanes <= channels && (kLanes >= 8 || N * kLanes % 8 == 0);
-  const bool frozen = whole && e.bias && !e.mask_out && !e.mask_in && !e.fisher;
-  const bool saving = whole && e.bias && e.mask_out && e.activation == Activation::kRelu6 && !e.addend && !e.mask_in && !e.fisher;
-  const bool gradient = whole && !e.bias && !e.addend && e.mask_in && e.activation == Activation::kNone;
+  const bool bytes = kLanes >= 8 || (N * kLanes % 8 == 0 && channel + N * kLanes <= channels);   // whole bytes of ReLU bits
+  const bool frozen = e.bias && !e.mask_out && !e.mask_in && !e.fisher;
+  const bool saving = bytes && e.bias && e.mask_out && e.activation == Activation::kRelu6 && !e.addend && !e.mask_in && !e.fisher;
+  const bool gradient = bytes && !e.bias && !e.addend && e.mask_in && e.activation == Activation::kNone;
   T* const out = e.out + pixel * e.out_stride + channel;
+  // Only the last vector can be a part.
+  const auto count_of = [&](int vector) { return vector + 1 < N ? kLanes : channels - channel - (N - 1) * kLanes; };
   if (frozen || saving) {
     unroll<N>(TT_EACH {
       const V bias = load(e.bias + channel + i * kLanes);
@@ -63,7 +65,9 @@ TT_INLINE void finish_sums(const Epilogue<T>& e, V (&sums)[P][N], int64_t pixel,
     });
     if (e.addend) {
       const T* addend = e.addend + pixel * e.addend_stride + channel;
-      unroll<P * N>(TT_EACH { sums[i / N][i % N] += load(addend + (i / N) * e.addend_stride + (i % N) * kLanes); });
+      unroll<P * N>(TT_EACH {
+        sums[i / N][i % N] += load_up_to(addend + (i / N) * e.addend_stride + (i % N) * kLanes, count_of(i % N));
+      });
     }
     if (saving) {
       uint8_t* mask = e.mask_out + pixel * mask_bytes(channels);
@@ -78,21 +82,21 @@ TT_INLINE void finish_sums(const Epilogue<T>& e, V (&sums)[P][N], int64_t pixel,
         unroll<P * N>(TT_EACH { sums[i / N][i % N] = clamp_above(sums[i / N][i % N], splat(6)); });
       }
     }
-    unroll<P * N>(TT_EACH { store(out + (i / N) * e.out_stride + (i % N) * kLanes, sums[i / N][i % N]); });
+    unroll<P * N>(TT_EACH { store_up_to(out + (i / N) * e.out_stride + (i % N) * kLanes, sums[i / N][i % N], count_of(i % N)); });
   } else if (gradient) {
     const uint8_t* mask = e.mask_in + pixel * mask_bytes(channels);
     unroll<P * N>(TT_EACH {
       const unsigned bits = load_bits(mask + (i / N) * mask_bytes(channels), channel + (i % N) * kLanes, channels);
       sums[i / N][i % N] = keep(sums[i / N][i % N], bits);
-      store(out + (i / N) * e.out_stride + (i % N) * kLanes, sums[i / N][i % N]);
+      store_up_to(out + (i / N) * e.out_stride + (i % N) * kLanes, sums[i / N][i % N], count_of(i % N));
     });
     if (e.fisher) {
       const T* values = e.values + pixel * e.out_stride + channel;
       unroll<N>(TT_EACH {
         V fisher{};
-        unroll<P>(TT_EACH_J { fisher += sums[j][i] * load(values + j * e.out_stride + i * kLanes); });
+        unroll<P>(TT_EACH_J { fisher += sums[j][i] * load_up_to(values + j * e.out_stride + i * kLanes, count_of(i)); });
         T* at = e.fisher + channel + i * kLanes;
-        store(at, load(at) + fisher);
+        store_up_to(at, load_up_to(at, count_of(i)) + fisher, count_of(i));
       });
     }
   } else {

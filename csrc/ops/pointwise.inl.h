@@ -4,16 +4,21 @@
 // and broadcasts P inputs. Panels of weights are the outer loop: a panel stays in L1 while the pixels stream past.
 // Bound by the FMA ports (x86: P + N loads for P * N FMAs); on the A53 inputs come as vectors of four and are used by lane.
 
+// Vectors in a full panel, and pixels in a tile of one, two or three vectors: as many sums as the registers hold. Three vectors
+// fit every expansion of the three networks without a rest (their widths are multiples of 24 and 48).
 #if defined(TT_NEON)
-constexpr int kTilePixels = 8, kNarrowTilePixels = 8;   // 16 accumulators + 8 inputs + 2 weights of 32 registers
-#elif defined(TT_AVX512)
-constexpr int kTilePixels = 8, kNarrowTilePixels = 16;
-#elif defined(TT_AVX2)
-constexpr int kTilePixels = 6, kNarrowTilePixels = 8;   // 12 accumulators + 2 weights + 1 input of 16 registers
-#else
-constexpr int kTilePixels = 4, kNarrowTilePixels = 4;
-#endif
 constexpr int kPanelVectors = 2;
+constexpr int kTilePixels[] = {0, 8, 8};   // 16 sums + 8 inputs + 2 weights of 32 registers
+#elif defined(TT_AVX512)
+constexpr int kPanelVectors = 3;
+constexpr int kTilePixels[] = {0, 16, 12, 8};
+#elif defined(TT_AVX2)
+constexpr int kPanelVectors = 3;
+constexpr int kTilePixels[] = {0, 8, 6, 4};   // 12 sums + 3 weights + 1 input of 16 registers
+#else
+constexpr int kPanelVectors = 2;
+constexpr int kTilePixels[] = {0, 4, 4};
+#endif
 
 template <int P, int N>
 TT_INLINE void gemm_reduce(const T* input, int64_t stride, int depth, const T* weights, V (&acc)[P][N]) {
@@ -26,7 +31,7 @@ TT_INLINE void gemm_reduce(const T* input, int64_t stride, int depth, const T* w
     unroll<4>(TT_EACH_J {
       V w[N];
       unroll<N>(TT_EACH { w[i] = load(weights + (k + j) * kPanel + i * kLanes); });
-      unroll<P * N>(TT_EACH { acc[i / N][i % N] += w[i % N] * x[i / N][j]; });
+      unroll<P * N>(TT_EACH { acc[i / N][i % N] += w[i % N] * x[i / N][j.value]; });
     });
   }
 #endif
@@ -61,17 +66,23 @@ void gemm_panel(const Gemm<T>& g, const T* panel, int64_t pixel, int channel) {
   }
 }
 
+// The panel of N vectors if that is how many there are, else of fewer.
+template <int N>
+int gemm_panel_of(const Gemm<T>& g, const T* panel, int channel, int vectors) {
+  if constexpr (N > 1) {
+    if (vectors < N) return gemm_panel_of<N - 1>(g, panel, channel, vectors);
+  }
+  gemm_panel<kTilePixels[N], N>(g, panel, 0, channel);
+  return N * kLanes;
+}
+
 void gemm(const Gemm<T>& g) {
   const int64_t panel_rows = static_cast<int64_t>(g.kernel_rows) * g.depth;
-  constexpr int kPanel = kPanelVectors * kLanes;
   const T* panel = g.weights;
-  for (int channel = 0; channel < g.outputs; channel += kPanel) {
-    if (g.outputs - channel > kPanel - kLanes) {
-      gemm_panel<kTilePixels, kPanelVectors>(g, panel, 0, channel);
-    } else {
-      gemm_panel<kNarrowTilePixels, 1>(g, panel, 0, channel);
-    }
-    panel += panel_rows * kPanel;
+  for (int channel = 0; channel < g.outputs;) {
+    const int width = gemm_panel_of<kPanelVectors>(g, panel, channel, (g.outputs - channel + kLanes - 1) / kLanes);
+    panel += panel_rows * width;
+    channel += width;
   }
 }
 
