@@ -1,0 +1,117 @@
+"""The native training core (csrc/bindings.cpp); use it through tinytrain_ext.session."""
+
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+_T = TypeVar("_T", np.float32, np.float64)
+
+# (kind, inputs, activation, out_channels, kernel, stride, padding, depthwise)
+_Operation = tuple[str, list[int], str, int, int, int, int, bool]
+# (layer, axis, channels, bias)
+_Update = tuple[int, str, list[int], bool]
+
+def available_isas() -> list[str]: ...
+def default_isa() -> str: ...
+def fma_peak(isa: str, rounds: int) -> int: ...
+def plan(
+    *,
+    image_size: int,
+    operations: Sequence[_Operation],
+    updates: Sequence[_Update],
+    fisher_layers: Sequence[int],
+    optimizer: str,
+    max_ways: int,
+    keep_images: int,
+    threads: int,
+    memory_bytes: int,
+) -> dict[str, Any]: ...
+
+class _Session(Generic[_T]):
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        operations: Sequence[_Operation],
+        weights: list[NDArray[np.float32]],
+        biases: list[NDArray[np.float32]],
+        mean: Sequence[float],
+        std: Sequence[float],
+        updates: Sequence[_Update],
+        fisher_layers: Sequence[int],
+        optimizer: str,
+        max_ways: int,
+        keep_images: int,
+        threads: int,
+        memory_bytes: int,
+        guard_bytes: int,
+        isa: str,
+    ) -> None: ...
+    def plan(self) -> dict[str, Any]: ...
+    def isa(self) -> str: ...
+    def resident_weight_bytes(self) -> int: ...
+    def embed(self, images: NDArray[Any]) -> NDArray[_T]: ...
+    def set_prototypes(
+        self, images: NDArray[Any], labels: NDArray[np.int64], ways: int, keep: bool
+    ) -> None: ...
+    def keeps_prefix(self) -> bool: ...
+    def update_prototypes(self) -> None: ...
+    def prototypes(self) -> NDArray[_T]: ...
+    def proto_backward(
+        self,
+        images: NDArray[Any],
+        labels: NDArray[np.int64],
+        augmentation: NDArray[np.float32] | None,
+        scale: float,
+        weight: float,
+    ) -> tuple[float, int]: ...
+    def backward(
+        self,
+        images: NDArray[Any],
+        grad_features: NDArray[_T],
+        augmentation: NDArray[np.float32] | None,
+    ) -> None: ...
+    def zero_grad(self) -> None: ...
+    def step(self, learning_rate: float, momentum: float) -> None: ...
+    def gradient(self, index: int) -> NDArray[_T]: ...
+    def fisher(self) -> list[NDArray[_T]]: ...
+    def layer(self, number: int) -> tuple[NDArray[_T], NDArray[_T]]: ...
+    def arena_high_water(self) -> int: ...
+    def broken_guard(self) -> str: ...
+
+class Session32(_Session[np.float32]): ...
+class Session64(_Session[np.float64]): ...
+
+class _Convolution(Generic[_T]):
+    def __init__(
+        self,
+        weight: NDArray[np.float32],
+        bias: NDArray[np.float32],
+        *,
+        height: int,
+        width: int,
+        stride: int,
+        padding: int,
+        depthwise: bool,
+        activation: str,
+        isa: str,
+    ) -> None: ...
+    def forward(
+        self, x: NDArray[_T], addend: NDArray[_T] | None = None
+    ) -> tuple[NDArray[_T], NDArray[np.uint8]]: ...
+    def grad_input(
+        self,
+        grad_output: NDArray[_T],
+        *,
+        addend: NDArray[_T] | None = None,
+        mask: NDArray[np.uint8] | None = None,
+        values: NDArray[_T] | None = None,
+    ) -> tuple[NDArray[_T], NDArray[_T]]: ...
+    def grad_weight(
+        self, grad_output: NDArray[_T], x: NDArray[_T], channels: Sequence[int], axis: str
+    ) -> NDArray[_T]: ...
+
+class Convolution32(_Convolution[np.float32]): ...
+class Convolution64(_Convolution[np.float64]): ...

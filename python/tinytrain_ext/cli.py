@@ -1,0 +1,663 @@
+"""The command line: `tinytrain demo | adapt | classify | profile | import`.
+
+A command gathers its results in one JSON-able document; `--json` prints it as it is, otherwise it
+is rendered for people. Results go to stdout, everything else to stderr.
+
+Exit codes: 0 done, 1 unexpected (training diverged, or a fault of this program), 2 wrong usage or
+input, 3 the budget cannot be met, 130 interrupted. Files are written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import report
+from .adapt import AdaptResult, adapt, classify
+from .cost import LayerCost, Profile, inspected_layers, profile
+from .demo import draw_task, save_images
+from .errors import BudgetExceeded, ImageError, NonFiniteError
+from .images import LabelledImages, load_folder, load_images
+from .importers import import_int8
+from .network import Network, default_network
+from .selection import Budget, UpdatePolicy, full_train, last_layer, select, sparse_update
+from .session import OPTIMIZERS, plan
+
+__all__ = ["main"]
+
+logger = logging.getLogger(__name__)
+
+Document = dict[str, Any]
+
+EXIT_UNEXPECTED, EXIT_INPUT, EXIT_BUDGET, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+
+class InputError(Exception):
+    """Something the user gave is wrong; the message says what, and what to do."""
+
+
+class Command(NamedTuple):
+    """A command's work, and its rendering for people."""
+
+    run: Callable[[argparse.Namespace], Document]
+    render: Callable[[Document], str]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code. Wrong usage raises SystemExit(2), like argparse."""
+    args = _parser().parse_args(arguments)
+    logging.basicConfig(
+        format="tinytrain: %(message)s", level=logging.ERROR if args.quiet else logging.WARNING
+    )
+    args.progress = ProgressBar(enabled=sys.stderr.isatty() and not args.quiet)
+    try:
+        document = args.command.run(args)
+        args.progress.close()
+        _print(json.dumps(document, indent=2) if args.json else args.command.render(document))
+        return 0
+    except KeyboardInterrupt:
+        return _fail(args, EXIT_INTERRUPTED, "interrupted")
+    except BudgetExceeded as error:
+        return _fail(args, EXIT_BUDGET, f"{error}; {_larger_budget(error)}")
+    except NonFiniteError as error:
+        return _fail(args, EXIT_UNEXPECTED, f"{error}; give a smaller --learning-rate")
+    except BrokenPipeError:
+        # The reader of our output has gone; nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_UNEXPECTED
+    except OSError as error:
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        return _fail(args, EXIT_INPUT, f"{where}{error.strerror or error}")
+    except (InputError, ValueError) as error:
+        return _fail(args, EXIT_INPUT, str(error))
+
+
+# Commands
+
+
+def run_adapt(args: argparse.Namespace) -> Document:
+    """`tinytrain adapt`: adapts a network to a folder of labelled photos."""
+    _check_writable(args.out)
+    start = time.perf_counter()
+    network = _network(args.network)
+    support = _photos(args.support, network, args, "support")
+    query = None if args.query is None else _photos(args.query, network, args, "query")
+    if query is not None:
+        query = _relabelled(query, support.classes)
+    loaded = time.perf_counter() - start
+    result, document = _adapted(args, network, support, query, loaded)
+    result.network.save(args.out)
+    return {"command": "adapt", **document, "out": str(args.out)}
+
+
+def run_demo(args: argparse.Namespace) -> Document:
+    """`tinytrain demo`: adapts a network to a task that the program draws itself."""
+    if args.out is not None:
+        _check_writable(args.out)
+    if args.save_images is not None:
+        args.save_images.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    network = _network(args.network)
+    task = draw_task(network.input_size, seed=args.seed, progress=args.progress.phase("drawing"))
+    loaded = time.perf_counter() - start
+    if args.save_images is not None:
+        save_images(task, args.save_images)
+    result, document = _adapted(args, network, task.support, task.query, loaded)
+    if args.out is not None:
+        result.network.save(args.out)
+    return {
+        "command": "demo",
+        **document,
+        "seed": args.seed,
+        "images": None if args.save_images is None else str(args.save_images),
+        "out": None if args.out is None else str(args.out),
+    }
+
+
+def run_classify(args: argparse.Namespace) -> Document:
+    """`tinytrain classify`: names the class of each photo."""
+    network = _network(args.network)
+    with _photo_hints():
+        images = load_images(
+            args.photos,
+            resize=network.resize,
+            input_size=network.input_size,
+            progress=args.progress.phase("photos"),
+        )
+    found = classify(network, images, unknown_below=args.unknown_below, threads=args.threads)
+    given = args.unknown_below
+    return {
+        "command": "classify",
+        "network": network.name,
+        "unknown_below": network.unknown_below if given is None else given,
+        "photos": [
+            {
+                "file": str(path),
+                "label": label,
+                "probability": float(row.max()),
+                "probabilities": dict(zip(network.classes, row.tolist(), strict=True)),
+            }
+            for path, label, row in zip(args.photos, found.labels, found.table, strict=True)
+        ],
+    }
+
+
+def run_profile(args: argparse.Namespace) -> Document:
+    """`tinytrain profile`: what each layer and each method costs."""
+    network = _network(args.network)
+    costs = profile(network)
+    policies = {"None": UpdatePolicy(), "FullTrain": full_train(network)}
+    policies["LastLayer"] = last_layer(network)
+    try:
+        policies["SparseUpdate"] = sparse_update(network)
+    except ValueError as error:
+        logger.warning("%s", error)
+    # Without a task every channel is as good as another.
+    alike = {
+        layer: np.ones(costs.layers[layer].out_channels) for layer in inspected_layers(network)
+    }
+    policies["TinyTrain"] = select(
+        alike, costs, _budget(args), args.ratio, optimizer=args.optimizer, threads=args.threads
+    )
+    return {
+        "command": "profile",
+        "network": network.name,
+        "input_size": network.input_size,
+        "feature_dim": network.feature_dim,
+        "layers": [_layer_row(row) for row in costs.layers],
+        "total": {
+            "weights": costs.weights,
+            "macs": costs.forward_macs,
+            "saved_bytes": sum(row.saved_bytes for row in costs.layers),
+        },
+        "forward_bytes": costs.forward_bytes,
+        "full_train_batch_100_bytes": costs.full_train_bytes(100),
+        "methods": [_method_row(name, policy, costs, args) for name, policy in policies.items()],
+    }
+
+
+def run_import(args: argparse.Namespace) -> Document:
+    """`tinytrain import`: turns an int8 release file into a network file."""
+    _check_writable(args.out)
+    network = import_int8(args.file)
+    network.save(args.out)
+    costs = profile(network)
+    return {
+        "command": "import",
+        "file": str(args.file),
+        "sha256": hashlib.sha256(args.file.read_bytes()).hexdigest(),
+        "network": network.name,
+        "layers": len(costs.layers),
+        "weights": costs.weights,
+        "macs": costs.forward_macs,
+        "out": str(args.out),
+    }
+
+
+def _adapted(
+    args: argparse.Namespace,
+    network: Network,
+    support: LabelledImages,
+    query: LabelledImages | None,
+    load_seconds: float,
+) -> tuple[AdaptResult, Document]:
+    """Algorithm 1 on a task, and everything there is to say about it."""
+    budget = _budget(args)
+    _reset_peak_resident()
+    resident = _peak_resident_bytes()
+    result = adapt(
+        network,
+        support.images,
+        support.labels,
+        classes=support.classes,
+        budget=budget,
+        ratio=args.ratio,
+        iterations=args.iterations,
+        optimizer=args.optimizer,
+        learning_rate=args.learning_rate,
+        threads=args.threads,
+        seed=args.seed,
+        progress=args.progress,
+    )
+    grown = _peak_resident_bytes() - resident
+    before = after = None
+    if query is not None:
+        untrained = adapt(
+            network,
+            support.images,
+            support.labels,
+            classes=support.classes,
+            policy=UpdatePolicy(),
+            budget=budget,
+            threads=args.threads,
+        )
+        before = _accuracy(untrained, query, args.threads)
+        after = _accuracy(result, query, args.threads)
+    if result.plan.threads < args.threads:
+        logger.warning("the budget carries only %d thread(s)", result.plan.threads)
+    costs = profile(network)
+    assert result.fisher is not None  # no policy was given
+    return result, {
+        "network": network.name,
+        "classes": list(support.classes),
+        "support_images": len(support.images),
+        "query_images": 0 if query is None else len(query.images),
+        "accuracy_before": before,
+        "accuracy_after": after,
+        "budget": {
+            "memory_bytes": budget.memory_bytes,
+            "compute": budget.compute,
+            "accounting": budget.accounting,
+        },
+        "policy": _policy_rows(result.policy, costs),
+        "updated_weights": costs.updated_weights(result.policy),
+        "backward_macs": costs.backward_macs(result.policy),
+        "compute_share": costs.compute_share(result.policy),
+        "paper_bytes": costs.memory_bytes(result.policy, args.optimizer),
+        "planned_peak_bytes": result.peak_bytes,
+        "planned": {
+            phase: {"peak_bytes": of.peak_bytes, "bytes_by_kind": of.bytes_by_kind()}
+            for phase, of in (("fisher", result.fisher.plan), ("fine_tuning", result.plan))
+        },
+        "arena_high_water_bytes": result.arena_high_water,
+        "peak_resident_growth_bytes": grown,
+        "resident_weight_bytes": result.plan.resident_weight_bytes,
+        "photo_bytes": support.images.nbytes,
+        "threads": result.plan.threads,
+        "seconds": {
+            "load": load_seconds,
+            **{phase: result.timings[phase] for phase in _PHASES},
+        },
+        "loss": [iteration.loss for iteration in result.history],
+        "unknown_below": result.network.unknown_below,
+    }
+
+
+_PHASES = ("embed", "fisher", "selection", "fine_tuning")
+
+
+def _policy_rows(policy: UpdatePolicy, costs: Profile) -> Document:
+    """The policy as `UpdatePolicy.to_json` has it, each layer with its kind and size."""
+    document: Document = json.loads(policy.to_json())
+    for entry in document["layers"]:
+        row = costs.layers[entry["layer"]]
+        entry |= {"kind": row.kind, "of": row.channels(entry["axis"])}
+    return document
+
+
+def _relabelled(query: LabelledImages, classes: tuple[str, ...]) -> LabelledImages:
+    """The query set with the support set's classes."""
+    strange = [name for name in query.classes if name not in classes]
+    if strange:
+        raise InputError(
+            f"--query: class {strange[0]!r} is not in the support set; "
+            f"expected folders named {', '.join(classes)}"
+        )
+    labels = np.array([classes.index(name) for name in query.classes])[query.labels]
+    return replace(query, labels=labels, classes=classes)
+
+
+def _accuracy(result: AdaptResult, query: LabelledImages, threads: int) -> float:
+    table = result.classify(query.images, threads=threads).table
+    return float((table.argmax(axis=1) == query.labels).mean())
+
+
+def _layer_row(row: LayerCost) -> Document:
+    return {
+        "layer": row.layer,
+        "kind": row.kind,
+        "block": row.block,
+        "in_channels": row.in_channels,
+        "out_channels": row.out_channels,
+        "kernel": row.kernel,
+        "stride": row.stride,
+        "weights": row.weights,
+        "macs": row.macs,
+        "saved_bytes": row.saved_bytes,
+    }
+
+
+def _method_row(
+    name: str, policy: UpdatePolicy, costs: Profile, args: argparse.Namespace
+) -> Document:
+    whole = name == "FullTrain"
+    planned = plan(costs.network, policy, optimizer=args.optimizer, threads=args.threads)
+    return {
+        "method": name,
+        "layers": len(policy.layers),
+        "weights": costs.updated_weights(policy),
+        "paper_bytes": costs.memory_bytes(policy, args.optimizer),
+        "planned_peak_bytes": planned.peak_bytes,
+        # The paper counts the gradient of the image, too, which nobody computes.
+        "backward_macs": costs.full_train_macs if whole else costs.backward_macs(policy),
+        "compute_share": 1.0 if whole else costs.compute_share(policy),
+    }
+
+
+# Inputs and outputs
+
+
+def _network(path: Path | None) -> Network:
+    if path is None:
+        return default_network()
+    if path.suffix == ".pkl":
+        raise InputError(f"{path}: not a network file; make one with `tinytrain import`")
+    return Network.load(path)
+
+
+def _photos(
+    directory: Path, network: Network, args: argparse.Namespace, what: str
+) -> LabelledImages:
+    with _photo_hints():
+        try:
+            return load_folder(
+                directory,
+                resize=network.resize,
+                input_size=network.input_size,
+                progress=args.progress.phase(what),
+            )
+        except ImageError:
+            raise
+        except ValueError as error:
+            raise InputError(f"{error}; the layout is {directory}/CLASS/PHOTO.jpg") from error
+
+
+@contextmanager
+def _photo_hints() -> Iterator[None]:
+    try:
+        yield
+    except ImageError as error:
+        raise InputError(f"{error}; replace or remove this file") from error
+
+
+def _check_writable(path: Path) -> None:
+    """Raises OSError or InputError, before any work, when a file could not be written there."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the name of a file")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {path.parent}: {error.strerror}") from error
+
+
+def _budget(args: argparse.Namespace) -> Budget:
+    return Budget(args.memory, args.compute, args.accounting)
+
+
+def _larger_budget(error: BudgetExceeded) -> str:
+    needed = []
+    if error.needed_bytes is not None:
+        needed.append(f"--memory {error.needed_bytes} ({report.size_text(error.needed_bytes)})")
+    if error.needed_compute is not None:
+        # Rounded up, so that what is printed will do.
+        needed.append(f"--compute {np.ceil(error.needed_compute * 1e4) / 1e4:g}")
+    return f"give at least {' and '.join(needed)}" if needed else "give a larger budget"
+
+
+def _peak_resident_bytes() -> int:
+    """The process's peak resident memory so far."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        # Less telling: it also remembers the program that started this one.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _reset_peak_resident() -> None:
+    """Forgets the peak so far (decoding photos has one of its own), where the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        logger.info("the peak of resident memory includes what was before")
+
+
+# What people see
+
+
+class ProgressBar:
+    """A bar on stderr, one line a phase; call it with (phase, done, total)."""
+
+    WIDTH = 30
+    SECONDS_BETWEEN = 0.1
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._open = False
+        self._next = 0.0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not self._enabled or (now < self._next and done < total):
+            return
+        self._next = now + self.SECONDS_BETWEEN
+        filled = self.WIDTH * done // max(total, 1)
+        bar = "#" * filled + "." * (self.WIDTH - filled)
+        end = "\n" if done >= total else ""
+        sys.stderr.write(f"\r{phase:<12} [{bar}] {done}/{total}{end}")
+        sys.stderr.flush()
+        self._open = done < total
+
+    def phase(self, name: str) -> Callable[[int, int], None]:
+        """The bar as a callback of (done, total)."""
+        return lambda done, total: self(name, done, total)
+
+    def close(self) -> None:
+        """Ends an unfinished line."""
+        if self._open:
+            sys.stderr.write("\n")
+            self._open = False
+
+
+def _print(text: str) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _fail(args: argparse.Namespace, code: int, message: str) -> int:
+    args.progress.close()
+    sys.stderr.write(f"tinytrain {args.name}: {message}\n")
+    return code
+
+
+# Arguments
+
+
+class _Version(argparse.Action):
+    """Like argparse's own, but looks the version up only when asked."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, nargs=0, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        _print(f"tinytrain_ext {metadata.version('tinytrain_ext')}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tinytrain",
+        description="Adapts small networks to your photos within a memory and compute budget.",
+        epilog="exit codes: 0 done, 1 unexpected, 2 wrong usage or input, 3 the budget cannot be "
+        "met, 130 interrupted",
+    )
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str, command: Command) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary)
+        added.set_defaults(command=command)
+        added.add_argument("--json", action="store_true", help="print one JSON document")
+        added.add_argument("--quiet", action="store_true", help="no progress bar, no warnings")
+        return added
+
+    demo = add(
+        "demo",
+        "Adapt a network to a small task that the program draws itself.",
+        Command(run_demo, report.adaptation),
+    )
+    _add_adaptation_arguments(demo)
+    demo.add_argument("--save-images", type=Path, metavar="DIR", help="write the drawings there")
+    demo.add_argument("--out", type=Path, metavar="FILE", help="write the adapted network there")
+
+    adapt_ = add(
+        "adapt",
+        "Adapt a network to a folder of labelled photos.",
+        Command(run_adapt, report.adaptation),
+    )
+    adapt_.add_argument(
+        "--support", type=Path, required=True, metavar="DIR", help="one folder of photos a class"
+    )
+    adapt_.add_argument(
+        "--query", type=Path, metavar="DIR", help="other photos, to measure the accuracy with"
+    )
+    _add_adaptation_arguments(adapt_)
+    adapt_.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the adapted network to write"
+    )
+
+    classify_ = add(
+        "classify", "Name the class of each photo.", Command(run_classify, report.classify)
+    )
+    classify_.add_argument(
+        "--network", type=Path, required=True, metavar="FILE", help="an adapted network"
+    )
+    classify_.add_argument("photos", nargs="+", type=Path, metavar="PHOTO")
+    classify_.add_argument(
+        "--unknown-below",
+        type=_number(0, 1),
+        metavar="P",
+        help="a photo whose best probability is below this is 'unknown' (default: the network's "
+        "own, from its support set)",
+    )
+    _add_threads(classify_)
+
+    profile_ = add(
+        "profile",
+        "What each layer of a network costs, and each method of training it.",
+        Command(run_profile, report.profile),
+    )
+    profile_.add_argument(
+        "network", nargs="?", type=Path, metavar="NETWORK", help="default: the embedded network"
+    )
+    _add_budget_arguments(profile_)
+
+    import_ = add(
+        "import",
+        "Make a network file from an int8 release file of mit-han-lab/tiny-training.",
+        Command(run_import, report.imported),
+    )
+    import_.add_argument("file", type=Path, metavar="FILE.pkl")
+    import_.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the network file to write"
+    )
+    return parser
+
+
+def _add_adaptation_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--network", type=Path, metavar="FILE", help="default: the embedded network"
+    )
+    _add_budget_arguments(parser)
+    parser.add_argument("--iterations", type=_whole(0), default=40, metavar="N", help="default: 40")
+    parser.add_argument(
+        "--learning-rate",
+        type=_number(0, float("inf"), above=True),
+        metavar="RATE",
+        help="default: chosen for the optimizer",
+    )
+    parser.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="default: 0")
+
+
+def _add_budget_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory",
+        type=_parse_size,
+        default=1 << 20,
+        metavar="SIZE",
+        help="of training, such as 512KiB, 512k or 600000 (default: 1MiB)",
+    )
+    parser.add_argument(
+        "--accounting",
+        choices=("planner", "paper"),
+        default="planner",
+        help="what --memory limits: the peak of everything the engine plans (default), or the "
+        "paper's formula",
+    )
+    parser.add_argument(
+        "--compute",
+        type=_number(0, float("inf"), above=True),
+        default=0.15,
+        metavar="SHARE",
+        help="backward MACs as a share of FullTrain's (default: 0.15)",
+    )
+    parser.add_argument(
+        "--ratio",
+        type=_number(0, 1, above=True),
+        default=0.5,
+        metavar="R",
+        help="share of a chosen layer's channels to train (default: 0.5)",
+    )
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="default: adam")
+    _add_threads(parser)
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=_whole(1), default=1, metavar="N", help="default: 1")
+
+
+_UNITS = {"": 1, "B": 1}
+for _power, _prefix in enumerate(("K", "M", "G"), start=1):
+    _UNITS |= {_prefix: 1024**_power, f"{_prefix}IB": 1024**_power, f"{_prefix}B": 1000**_power}
+
+
+def _parse_size(text: str) -> int:
+    """ "1MiB", "1m" and "1048576" are the same number of bytes; "1MB" is a million."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
+    size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"expected a size such as 1MiB or 512k, got {text!r}")
+    return size
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d+", text, re.ASCII) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def _number(low: float, high: float, above: bool = False) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high or (above and value == low) or value == float("inf"):
+            limits = f"{'above' if above else 'from'} {low:g}"
+            limits += f" to {high:g}" if high < float("inf") else ""
+            raise argparse.ArgumentTypeError(f"expected a number {limits}, got {text!r}")
+        return value
+
+    return parse
