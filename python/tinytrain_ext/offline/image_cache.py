@@ -93,7 +93,7 @@ def cached_images(
             for index, path in enumerate(paths):
                 array[index] = load_image(path, resize=resize, input_size=crop)
             array.flush()
-            os.replace(temporary, target)
+            temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
     images: NDArray[np.uint8] = np.load(target, mmap_mode="r", allow_pickle=False)

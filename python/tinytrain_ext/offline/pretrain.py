@@ -1,7 +1,7 @@
 """Supervised pre-training of a backbone: a cosine classifier over the training classes.
 
     python -m tinytrain_ext.offline.pretrain --data DIR --split FILE --architecture mcunet \\
-        --stages 80:55:0.2 96:52:0.3 128:23:0.4 --work DIR --out FILE.safetensors
+        --stages 80:50:0.2 96:28:0.3 128:10:0.4 --work DIR --out FILE.safetensors
 
 Logits are scale * cos(feature, class vector), the form of Eq. 1, so the features are trained in the
 geometry the prototypes use. SGD with Nesterov momentum, label smoothing, warm-up and cosine decay;
