@@ -74,7 +74,11 @@ def load(
     groups: list[list[Path]], network: tt.Network
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images (N, H, W, 3) and labels (N,) of paths grouped by class."""
-    images = [load_image(p, resize=network.resize, input_size=network.input_size) for g in groups for p in g]
+    images = [
+        load_image(p, resize=network.resize, input_size=network.input_size)
+        for g in groups
+        for p in g
+    ]
     labels = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
     return np.stack(images), labels.astype(np.int64)
 
@@ -126,14 +130,18 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--domains", nargs="+", default=list(DOMAINS), choices=DOMAINS)
     parser.add_argument("--memory", type=int, default=1 << 20, help="bytes")
     parser.add_argument("--compute", type=float, default=0.15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines; continued if it exists")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSON lines; continued if it exists"
+    )
     arguments = parser.parse_args()
     places = {name: os.environ.get(name) for name in ("TINYTRAIN_DATA", "TINYTRAIN_WEIGHTS")}
     for name, place in places.items():
