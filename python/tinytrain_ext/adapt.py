@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AdaptResult", "Classification", "Iteration", "adapt", "classify"]
 
-DEFAULT_LEARNING_RATE = {"adam": 1e-3, "momentum": 3e-2, "sgd": 1e-1}
+DEFAULT_LEARNING_RATE = {"adam": 1e-3, "momentum": 1e-2, "sgd": 1e-1}
 UNKNOWN = "unknown"
 
 
@@ -103,7 +103,7 @@ def adapt(
     least once; classes: names of the classes ("0", "1", ... by default).
     budget: Budget() by default; with a given `policy`, which replaces Fisher information and
     selection, no limit by default. ratio, biases: see `select`.
-    optimizer: "adam", "momentum" or "sgd"; learning_rate: 1e-3, 3e-2 or 1e-1 by default.
+    optimizer: "adam", "momentum" or "sgd"; learning_rate: 1e-3, 1e-2 or 1e-1 by default.
     progress: called with (phase, done, total). The result depends on seed, not on threads.
 
     Raises BudgetExceeded, naming the smallest budget that would do, before any training starts;

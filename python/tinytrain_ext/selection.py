@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -53,7 +53,7 @@ class LayerUpdate:
             raise ValueError("channels: expected at least one")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class UpdatePolicy:
     """What is trained: {layer: LayerUpdate}, and the layers whose whole bias is trained.
 
@@ -61,22 +61,26 @@ class UpdatePolicy:
     numbers, the stem 0. Compares by value; `layers` must not be changed.
     """
 
-    layers: Mapping[int, LayerUpdate] = field(default_factory=dict)
-    biases: tuple[int, ...] = ()
+    layers: Mapping[int, LayerUpdate]
+    biases: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        layers: Mapping[Any, Any] = self.layers
+    def __init__(
+        self,
+        layers: Mapping[int, LayerUpdate | Iterable[int]] | None = None,
+        biases: Iterable[int] = (),
+    ) -> None:
+        layers = layers or {}
         checked: dict[int, LayerUpdate] = {}
         for layer in _sorted_indices("layers", layers):
             update = layers[layer]
             try:
                 if not isinstance(update, LayerUpdate):
-                    update = LayerUpdate("out", update)
+                    update = LayerUpdate("out", tuple(update))
             except (ValueError, TypeError) as error:
                 raise type(error)(f"layer {layer}: {error}") from None
             checked[layer] = update
         object.__setattr__(self, "layers", checked)
-        object.__setattr__(self, "biases", _sorted_indices("biases", self.biases))
+        object.__setattr__(self, "biases", _sorted_indices("biases", biases))
 
     def check(self, network: Network) -> None:
         """Raises ValueError when the policy names layers or channels `network` has not."""
