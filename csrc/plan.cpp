@@ -634,8 +634,9 @@ Plan make_plan(const Graph& graph, const PlanRequest& request) {
   }
 
   int64_t smallest = INT64_MAX;
-  for (int threads = request.threads; threads >= 1; --threads) {
-    for (int recompute = 0; recompute <= (base.fisher_layers.empty() ? 0 : 1); ++recompute) {
+  // Recomputing adds up the Fisher sums in another order: it must not depend on the threads asked for, so they go first.
+  for (int recompute = 0; recompute <= (base.fisher_layers.empty() ? 0 : 1); ++recompute) {
+    for (int threads = request.threads; threads >= 1; --threads) {
       for (int thin = 0; thin <= 1; ++thin) {
         for (int keep : {request.keep_images, 0}) {
           Plan plan = base;

@@ -135,8 +135,8 @@ struct BudgetError : std::runtime_error {
   int64_t needed_bytes;
 };
 
-// Plans within `memory_bytes`, giving up in this order what costs time but not results: the kept prefixes, wide strips, the Fisher
-// pass's saved activations, threads. Throws BudgetError with the smallest feasible size, std::invalid_argument for a bad request.
+// Plans within `memory_bytes`, giving up in this order what costs time but not results: the kept prefixes, wide strips, threads,
+// the Fisher pass's saved activations. Throws BudgetError with the smallest feasible size, std::invalid_argument for a bad request.
 Plan make_plan(const Graph& graph, const PlanRequest& request);
 
 }  // namespace tinytrain
