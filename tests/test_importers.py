@@ -1,3 +1,4 @@
+import contextlib
 import io
 import os
 import pickle
@@ -177,7 +178,9 @@ class Foreign:
         (np.array([{}], dtype=object), "dtype: expected one of"),
         (np.zeros(4, np.float64), "dtype: expected one of"),
         (np.zeros(4, ">i4"), "byte order: expected little endian"),
-        (b"", "Ran out of input"),
+        (b"", "EOFError"),
+        # a memo index of four billion
+        (b"\x80\x02Nr\xff\xff\xff\xff.", "file: first_conv is missing"),
         (b"cnumpy\nndarray\n(tR.", "file: first_conv is missing"),
         (b"not a pickle", "archive/data.pkl"),
         # codecs.encode with a codec of the attacker's choice
@@ -205,6 +208,18 @@ def test_repeated_encoding_is_capped(tmp_path):
     content += b"c_codecs\nencode\nh\x00U\x06latin1\x86R" * 1000 + b"t."
     with pytest.raises(ValueError, match=r"_codecs\.encode: refused 1000 characters"):
         import_int8(write(tmp_path / "bomb.pkl", content))
+
+
+def test_damage_anywhere_is_an_error_by_name_or_harmless(tmp_path):
+    path = write(tmp_path / "net.pkl", description())
+    with zipfile.ZipFile(path) as archive:
+        content = archive.read("archive/data.pkl")
+    rng = np.random.default_rng(0)
+    for position in rng.integers(0, len(content), 400):
+        damaged = bytearray(content)
+        damaged[position] ^= int(rng.integers(1, 256))
+        with contextlib.suppress(ValueError):
+            import_int8(write(path, bytes(damaged)))
 
 
 def test_zip_bombs_and_damaged_zips(tmp_path):
