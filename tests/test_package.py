@@ -1,6 +1,7 @@
 """What importing the package costs and gives, and which way its modules depend on each other."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import tinytrain_ext
+from tinytrain_ext import _core
 
 ROOT = Path(tinytrain_ext.__file__).parent
 
@@ -64,13 +66,21 @@ def test_public_names_resolve():
 
 SCRIPT = """
 import sys
+sys.modules["torch"] = None  # as if it were not installed
 import tinytrain_ext
 import tinytrain_ext.adapt
 assert callable(tinytrain_ext.adapt)
-for name in ("torch", "PIL", "safetensors", "tinytrain_ext._core"):
+for name in ("PIL", "safetensors", "tinytrain_ext._core"):
     assert name not in sys.modules, name
-with open("/proc/self/status") as status:
-    print(int(status.read().split("VmHWM:")[1].split()[0]))
+def peak():
+    with open("/proc/self/status") as status:
+        print(int(status.read().split("VmHWM:")[1].split()[0]))
+peak()
+# What an adaptation needs: the engine, a decoder, the file format.
+for name in tinytrain_ext.__all__:
+    getattr(tinytrain_ext, name)
+import PIL.Image, PIL.JpegImagePlugin, PIL.PngImagePlugin, safetensors.numpy
+peak()
 """
 
 
@@ -78,4 +88,46 @@ with open("/proc/self/status") as status:
 def test_importing_is_cheap_and_imports_no_torch():
     command = [sys.executable, "-c", SCRIPT]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert int(output) < 40_000
+    assert all(int(kilobytes) < 40_000 for kilobytes in output.split())
+
+
+def parameters(signature):
+    """Names of a signature's parameters, "*" included: "f(self: T, *, x: int = 1) -> None"."""
+    arguments = ast.parse(f"def {signature}: ...").body[0].args
+    names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+    return [*names, "*", *(argument.arg for argument in arguments.kwonlyargs)]
+
+
+def real_signatures(value):
+    """{function or method: its parameters} as pybind11 writes them into docstrings."""
+    found = {}
+    for name, member in vars(value).items():
+        text = (getattr(member, "__doc__", None) or "").split("\n")[0]
+        if callable(member) and re.match(rf"{name}\(.*\)", text):
+            found[name] = parameters(re.sub(r"Annotated\[.*?\)\"\]", "X", text))
+    return found
+
+
+def stub_signatures(body):
+    return {
+        node.name: parameters(f"{node.name}({ast.unparse(node.args)})")
+        for node in body
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+def test_the_stub_tells_the_truth_about_the_engine():
+    stub = ast.parse((ROOT / "_core.pyi").read_text(encoding="utf-8"))
+    assert stub_signatures(stub.body) == real_signatures(_core)
+    classes = {node.name: node for node in stub.body if isinstance(node, ast.ClassDef)}
+    public = {name for name in classes if not name.startswith("_")}
+    assert public == {name for name, value in vars(_core).items() if isinstance(value, type)}
+    for name in public:
+        (base,) = classes[name].bases  # the methods are those of a generic base class
+        expected = stub_signatures(classes[base.value.id].body)
+        assert expected == real_signatures(getattr(_core, name)), name
+
+
+def test_what_is_installed_with_the_modules():
+    assert (ROOT / "py.typed").is_file()
+    assert (ROOT / "_core.pyi").is_file()

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -440,14 +439,16 @@ class ProgressBar:
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
+        self._phase = ""
         self._open = False
         self._next = 0.0
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if not self._enabled or (now < self._next and done < total):
+        soon = now < self._next and phase == self._phase and done < total
+        if not self._enabled or soon:
             return
-        self._next = now + self.SECONDS_BETWEEN
+        self._phase, self._next = phase, now + self.SECONDS_BETWEEN
         filled = self.WIDTH * done // max(total, 1)
         bar = "#" * filled + "." * (self.WIDTH - filled)
         end = "\n" if done >= total else ""
@@ -489,6 +490,8 @@ class _Version(argparse.Action):
         super().__init__(**options, nargs=0, help="print the version and exit")
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib import metadata  # reads mail headers: not for every start
+
         _print(f"tinytrain_ext {metadata.version('tinytrain_ext')}")
         parser.exit()
 
