@@ -10,7 +10,7 @@ namespace tinytrain {
 namespace {
 
 constexpr int64_t kAlignment = 64;
-constexpr int kStripPixels = 32;     // pixels a strip should have at least: enough to reuse a panel of weights
+constexpr int kStripPixels = 64;     // pixels a strip should have at least: enough to reuse a panel of weights
 
 int64_t align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 

@@ -110,29 +110,28 @@ void image_sum(const uint8_t* bytes, const float* values, int64_t pixels, double
   }
 }
 
-template <class In>
-TT_INLINE void image_pixels(const ImageRow<T>& r, const In* __restrict in, int from, int count, T* __restrict out) {
+// kStep: 3, or -3 for a mirrored row (`in` is then its last pixel).
+template <int kStep, bool kGrey, class In>
+TT_INLINE void image_pixels(const ImageRow<T>& r, const In* __restrict in, int count, T* __restrict out) {
   const T s0 = r.scale[0], s1 = r.scale[1], s2 = r.scale[2], o0 = r.offset[0], o1 = r.offset[1], o2 = r.offset[2];
   const T g0 = r.grey_scale[0], g1 = r.grey_scale[1], g2 = r.grey_scale[2];
-  if (r.mirror) {
-    const In* last = in + 3 * (r.width - 1 - from);
-    for (int x = 0; x < count; ++x) {
-      const T red = static_cast<T>(last[-3 * x]), green = static_cast<T>(last[-3 * x + 1]);
-      const T blue = static_cast<T>(last[-3 * x + 2]);
-      const T grey = g0 * red + g1 * green + g2 * blue;
-      out[3 * x] = s0 * red + o0 + grey;
-      out[3 * x + 1] = s1 * green + o1 + grey;
-      out[3 * x + 2] = s2 * blue + o2 + grey;
-    }
+  for (int x = 0; x < count; ++x) {
+    const T red = static_cast<T>(in[kStep * x]), green = static_cast<T>(in[kStep * x + 1]);
+    const T blue = static_cast<T>(in[kStep * x + 2]);
+    const T grey = kGrey ? g0 * red + g1 * green + g2 * blue : T(0);
+    out[3 * x] = s0 * red + o0 + grey;
+    out[3 * x + 1] = s1 * green + o1 + grey;
+    out[3 * x + 2] = s2 * blue + o2 + grey;
+  }
+}
+
+template <class In>
+void image_pixels(const ImageRow<T>& r, const In* row, int from, int count, T* out) {
+  const In* const in = row + 3 * (r.mirror ? r.width - 1 - from : from);
+  if (r.grey) {
+    r.mirror ? image_pixels<-3, true>(r, in, count, out) : image_pixels<3, true>(r, in, count, out);
   } else {
-    in += 3 * from;
-    for (int x = 0; x < count; ++x) {
-      const T red = static_cast<T>(in[3 * x]), green = static_cast<T>(in[3 * x + 1]), blue = static_cast<T>(in[3 * x + 2]);
-      const T grey = g0 * red + g1 * green + g2 * blue;
-      out[3 * x] = s0 * red + o0 + grey;
-      out[3 * x + 1] = s1 * green + o1 + grey;
-      out[3 * x + 2] = s2 * blue + o2 + grey;
-    }
+    r.mirror ? image_pixels<-3, false>(r, in, count, out) : image_pixels<3, false>(r, in, count, out);
   }
 }
 

@@ -11,7 +11,7 @@ constexpr int kPanelVectors = 2;
 constexpr int kTilePixels[] = {0, 8, 8};   // 16 sums + 8 inputs + 2 weights of 32 registers
 #elif defined(TT_AVX512)
 constexpr int kPanelVectors = 3;
-constexpr int kTilePixels[] = {0, 16, 12, 8};
+constexpr int kTilePixels[] = {0, 8, 8, 8};   // more pixels than eight run out of address registers
 #elif defined(TT_AVX2)
 constexpr int kPanelVectors = 3;
 constexpr int kTilePixels[] = {0, 8, 6, 4};   // 12 sums + 3 weights + 1 input of 16 registers
