@@ -217,6 +217,7 @@ class Session:
         self._network = network
         self._policy = policy or UpdatePolicy({})
         self._fisher_layers = tuple(fisher_layers)
+        self._dtype = np.dtype(dtype)
         core = _core.Session32 if dtype == "float32" else _core.Session64
         self._core = core(
             image_size=network.input_size,
@@ -256,7 +257,7 @@ class Session:
         for N (`plan.keep_images`); `kept` tells.
         """
         labels = _labels(labels)
-        missing = np.setdiff1d(np.arange(ways), labels)
+        missing = np.setdiff1d(np.arange(min(ways, len(labels) + 1)), labels)
         if missing.size:
             raise ValueError(f"labels: class {missing[0]} of {ways} has no image")
         self._core.set_prototypes(_images(images), labels, ways, keep)
@@ -284,6 +285,10 @@ class Session:
         Returns (sum of losses, number of images nearest to their own prototype).
         Raises NonFiniteError if a loss is not finite; gradients are cleared then.
         """
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale: expected a positive number, got {scale}")
+        if loss_weight is not None and not math.isfinite(loss_weight):
+            raise ValueError(f"loss_weight: expected a finite number, got {loss_weight}")
         images = _images(images)
         if len(images) == 0:
             raise ValueError("images: expected at least one")
@@ -299,7 +304,14 @@ class Session:
         grad_features: NDArray[Any],
         augmentation: Augmentation | None = None,
     ) -> None:
-        """Back-propagates a gradient (N, m) of the images' features; adds into the gradients."""
+        """Back-propagates a gradient (N, m) of the images' features; adds into the gradients.
+
+        grad_features is C-contiguous, of the session's dtype.
+        """
+        if grad_features.dtype != self._dtype:
+            raise TypeError(f"grad_features: expected {self._dtype}, got {grad_features.dtype}")
+        if not grad_features.flags.c_contiguous:
+            raise TypeError("grad_features: expected a C-contiguous array")
         self._core.backward(_images(images), grad_features, _augmentation(augmentation))
 
     def gradients(self) -> dict[int, NDArray[Any]]:
