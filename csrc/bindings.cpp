@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cmath>
 #include <optional>
 
 #include "dispatch.h"
@@ -295,6 +296,9 @@ class PySession {
     }
     if (augmentation) {
       check_shape("augmentation", *augmentation, {in.count, 6});
+      for (py::ssize_t i = 0; i < augmentation->size(); ++i) {
+        if (!std::isfinite(augmentation->data()[i])) throw py::value_error("augmentation: expected finite numbers");
+      }
       in.augmentation = reinterpret_cast<const AugmentationRow*>(augmentation->data());
     }
     return in;

@@ -355,8 +355,11 @@ void Session<T>::prepare_image(Worker& worker, const Pass& pass, int64_t image) 
   if (pass.images.augmentation) {
     const AugmentationRow& a = pass.images.augmentation[image];
     row.mirror = a.flip != 0;
-    row.shift = static_cast<int>(a.shift_x);
-    source.shift_y = static_cast<int>(a.shift_y);
+    const auto shift = [size](float pixels) {   // past the border is past the border, and fits an int
+      return static_cast<int>(std::clamp(pixels, static_cast<float>(-size), static_cast<float>(size)));
+    };
+    row.shift = shift(a.shift_x);
+    source.shift_y = shift(a.shift_y);
     saturation = static_cast<double>(a.saturation);
     contrast = static_cast<double>(a.contrast);
     for (double& o : offset) o += static_cast<double>(a.brightness);
@@ -384,7 +387,8 @@ void Session<T>::run_steps(Worker& worker, Pass& pass, const Program& program, i
     for (const Slot& s : program.slots) {
       char* bytes = worker.workspace + s.offset + s.bytes;
       if (write && s.first == step) std::memset(bytes, kGuard, static_cast<size_t>(plan_.guard_bytes));
-      if (!write && s.last == step) {
+      // A pass that starts behind the prefix never entered what lies before it.
+      if (!write && s.last == step && !(pass.from_kept && s.first < from)) {
         for (int64_t i = 0; i < plan_.guard_bytes; ++i) {
           if (static_cast<unsigned char>(bytes[i]) != kGuard) broken_guard_ = &s;
         }
