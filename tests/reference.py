@@ -44,9 +44,9 @@ class TorchNetwork:
                 if y.requires_grad:
                     y.retain_grad()
                 self.outputs.append(y)
-                y = _ACTIVATIONS[op.activation](y)
+                y = self.activate(len(tensors), y, op.activation)
             elif op.kind == "add":
-                y = _ACTIVATIONS[op.activation](inputs[0] + inputs[1])
+                y = self.activate(len(tensors), inputs[0] + inputs[1], op.activation)
             elif op.kind == "max_pool":
                 y = F.max_pool2d(inputs[0], op.kernel, op.stride, op.padding)
             elif op.kind == "average_pool":
@@ -57,6 +57,10 @@ class TorchNetwork:
                 y = inputs[0].mean(dim=(2, 3))
             tensors.append(y)
         return tensors[-1]
+
+    def activate(self, number: int, y: torch.Tensor, activation: str) -> torch.Tensor:
+        """What tensor `number` becomes behind its sum."""
+        return _ACTIVATIONS[activation](y)
 
     def zero_grad(self) -> None:
         for p in self.parameters():
