@@ -158,6 +158,14 @@ std::vector<LayerValues> layer_values(const Graph& graph, const std::vector<Arra
   return values;
 }
 
+// A call into a session: one at a time, whatever Python threads do, and with the GIL dropped. (Waiting for the lock with the GIL
+// held would not deadlock either: the core never asks for it.)
+struct ExclusiveCall {
+  explicit ExclusiveCall(std::mutex& mutex) : lock(mutex) {}
+  py::gil_scoped_release release;
+  std::lock_guard<std::mutex> lock;
+};
+
 template <class T>
 class PySession {
  public:
@@ -181,7 +189,7 @@ class PySession {
     const Images in = view(images, std::nullopt);
     Array<T> features({in.count, static_cast<int64_t>(graph().features())});
     T* out = features.mutable_data();
-    py::gil_scoped_release release;
+    const ExclusiveCall call(mutex_);
     session_->embed(in, out);
     return features;
   }
@@ -193,19 +201,23 @@ class PySession {
     }
     check_labels(labels, in.count, ways);
     const int64_t* label_values = labels.data();
-    py::gil_scoped_release release;
+    const ExclusiveCall call(mutex_);
     session_->set_prototypes(in, label_values, ways, keep);
   }
 
-  bool keeps_prefix() const { return session_->keeps_prefix(); }
+  bool keeps_prefix() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return session_->keeps_prefix();
+  }
 
   void update_prototypes() {
-    if (!session_->keeps_prefix()) throw py::value_error("update_prototypes: no prefix outputs are kept; call set_prototypes");
-    py::gil_scoped_release release;
+    if (!keeps_prefix()) throw py::value_error("update_prototypes: no prefix outputs are kept; call set_prototypes");
+    const ExclusiveCall call(mutex_);
     session_->update_prototypes();
   }
 
   Array<T> prototypes() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
     Array<T> out({static_cast<int64_t>(session_->ways()), static_cast<int64_t>(graph().features())});
     std::copy_n(session_->prototypes(), out.size(), out.mutable_data());
     return out;
@@ -218,7 +230,7 @@ class PySession {
     if (session_->ways() == 0) throw py::value_error("proto_backward: call set_prototypes first");
     check_labels(labels, in.count, session_->ways());
     const int64_t* label_values = labels.data();
-    py::gil_scoped_release release;
+    const ExclusiveCall call(mutex_);
     const ProtoResult result = session_->proto_backward(in, label_values, scale, weight);
     return {result.loss_sum, result.correct};
   }
@@ -228,14 +240,17 @@ class PySession {
     need_training("backward");
     check_shape("grad_features", grad_features, {in.count, graph().features()});
     const T* grads = grad_features.data();
-    py::gil_scoped_release release;
+    const ExclusiveCall call(mutex_);
     session_->backward(in, grads);
   }
 
-  void zero_grad() { session_->zero_grad(); }
+  void zero_grad() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    session_->zero_grad();
+  }
 
   void step(double learning_rate, double momentum) {
-    py::gil_scoped_release release;
+    const ExclusiveCall call(mutex_);
     session_->step(learning_rate, momentum);
   }
 
@@ -251,11 +266,13 @@ class PySession {
       shape = u.axis == Axis::kIn ? std::vector<int64_t>{op.out_channels, selected, k, k} : std::vector<int64_t>{selected, in, k, k};
     }
     Array<T> out(shape);
+    const std::lock_guard<std::mutex> lock(mutex_);
     session_->copy_gradient(index, out.mutable_data());
     return out;
   }
 
   py::list fisher() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
     py::list result;
     const Plan& plan = session_->plan();
     for (size_t i = 0; i < plan.fisher_layers.size(); ++i) {
@@ -272,11 +289,15 @@ class PySession {
     const int64_t in = op.depthwise ? 1 : graph().layer_input(number).channels;
     Array<T> weight({static_cast<int64_t>(op.out_channels), in, static_cast<int64_t>(op.kernel), static_cast<int64_t>(op.kernel)});
     Array<T> bias(static_cast<int64_t>(op.out_channels));
+    const std::lock_guard<std::mutex> lock(mutex_);
     session_->copy_weight(number, weight.mutable_data(), bias.mutable_data());
     return {weight, bias};
   }
 
-  int64_t arena_high_water() const { return session_->arena_high_water(); }
+  int64_t arena_high_water() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return session_->arena_high_water();
+  }
   std::string broken_guard() const { return session_->broken_guard(); }
 
  private:
@@ -320,6 +341,7 @@ class PySession {
   }
 
   std::unique_ptr<Session<T>> session_;
+  mutable std::mutex mutex_;
 };
 
 // One convolution on whole tensors: what tests compare kernel by kernel, and what drop-in layers are made of.
