@@ -175,8 +175,8 @@ class PySession {
             int max_ways, int keep_images, int threads, int64_t memory_bytes, int64_t guard_bytes, const std::string& isa) {
     const Graph graph = make_graph(image_size, operations);
     const std::vector<LayerValues> values = layer_values(graph, weights, biases);
-    const PlanRequest request = make_request(updates, fisher_layers, optimizer, max_ways, keep_images, threads, memory_bytes,
-                                             guard_bytes, sizeof(T));
+    const PlanRequest request =
+        make_request(updates, fisher_layers, optimizer, max_ways, keep_images, threads, memory_bytes, guard_bytes, sizeof(T));
     py::gil_scoped_release release;
     session_ = std::make_unique<Session<T>>(graph, values, mean.data(), std_dev.data(), request, isa);
   }
@@ -263,7 +263,8 @@ class PySession {
     std::vector<int64_t> shape{op.out_channels};
     if (!u.bias) {
       const int64_t in = op.depthwise ? 1 : graph().layer_input(u.layer).channels;
-      shape = u.axis == Axis::kIn ? std::vector<int64_t>{op.out_channels, selected, k, k} : std::vector<int64_t>{selected, in, k, k};
+      shape =
+          u.axis == Axis::kIn ? std::vector<int64_t>{op.out_channels, selected, k, k} : std::vector<int64_t>{selected, in, k, k};
     }
     Array<T> out(shape);
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -401,8 +402,7 @@ class PyConvolution {
 
   // grad_output (N, H', W', O); of the *input* tensor: addend, values (N, H, W, C), mask bits -> grad_input, sums of values * grad (N, C)
   std::pair<Array<T>, Array<T>> grad_input(const Array<T>& grad_output, const std::optional<Array<T>>& addend,
-                                           const std::optional<Array<uint8_t>>& mask,
-                                           const std::optional<Array<T>>& values) const {
+                                           const std::optional<Array<uint8_t>>& mask, const std::optional<Array<T>>& values) const {
     check(grad_output, "grad_output", -1, out_);
     const int64_t count = grad_output.shape(0);
     if (addend) check(*addend, "addend", count, in_);
@@ -440,7 +440,8 @@ class PyConvolution {
     if (columns && op.depthwise) throw py::value_error("axis: a depthwise convolution has only axis out");
     const int limit = columns ? in_.channels : out_.channels;
     for (int32_t c : channels) {
-      if (c < 0 || c >= limit) throw py::value_error("channels: expected 0 to " + std::to_string(limit - 1) + ", got " + std::to_string(c));
+      if (c < 0 || c >= limit)
+        throw py::value_error("channels: expected 0 to " + std::to_string(limit - 1) + ", got " + std::to_string(c));
     }
     const int64_t selected = static_cast<int64_t>(channels.size()), k = op.kernel;
     const int64_t outs = columns ? out_.channels : selected, ins = op.depthwise ? 1 : columns ? selected : in_.channels;
@@ -511,8 +512,9 @@ void bind(py::module_& m, const char* session, const char* convolution) {
            py::arg("weight").noconvert(), py::arg("bias").noconvert(), py::kw_only(), py::arg("height"), py::arg("width"),
            py::arg("stride"), py::arg("padding"), py::arg("depthwise"), py::arg("activation"), py::arg("isa"))
       .def("forward", &C::forward, py::arg("x").noconvert(), py::arg("addend").noconvert() = py::none())
-      .def("grad_input", &C::grad_input, py::arg("grad_output").noconvert(), py::kw_only(), py::arg("addend").noconvert() = py::none(),
-           py::arg("mask").noconvert() = py::none(), py::arg("values").noconvert() = py::none())
+      .def("grad_input", &C::grad_input, py::arg("grad_output").noconvert(), py::kw_only(),
+           py::arg("addend").noconvert() = py::none(), py::arg("mask").noconvert() = py::none(),
+           py::arg("values").noconvert() = py::none())
       .def("grad_weight", &C::grad_weight, py::arg("grad_output").noconvert(), py::arg("x").noconvert(), py::arg("channels"),
            py::arg("axis"));
 }
@@ -545,9 +547,9 @@ PYBIND11_MODULE(_core, m) {
       [](int image_size, const std::vector<OpTuple>& operations, const std::vector<UpdateTuple>& updates,
          const std::vector<int>& fisher_layers, const std::string& optimizer, int max_ways, int keep_images, int threads,
          int64_t memory_bytes) {
-        return describe(make_plan(make_graph(image_size, operations),
-                                  make_request(updates, fisher_layers, optimizer, max_ways, keep_images, threads, memory_bytes, 0,
-                                               sizeof(float))));
+        return describe(make_plan(
+            make_graph(image_size, operations),
+            make_request(updates, fisher_layers, optimizer, max_ways, keep_images, threads, memory_bytes, 0, sizeof(float))));
       },
       py::kw_only(), py::arg("image_size"), py::arg("operations"), py::arg("updates"), py::arg("fisher_layers"),
       py::arg("optimizer"), py::arg("max_ways"), py::arg("keep_images"), py::arg("threads"), py::arg("memory_bytes"));

@@ -273,7 +273,7 @@ void Convolution<T>::grad_input(const T* grad_output, T* scratch, const Epilogue
   int loaded = 0;
   for (int y = 0; y < in_.height; ++y) {
     int count = 0;
-    for (int ky = k - 1; ky >= 0; --ky) {   // output rows in ascending order
+    for (int ky = k - 1; ky >= 0; --ky) {  // output rows in ascending order
       const int shifted = y + op_.padding - ky;
       if (shifted < 0 || shifted % op_.stride != 0 || shifted / op_.stride >= out_.height) continue;
       const int oy = shifted / op_.stride;

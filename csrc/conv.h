@@ -13,10 +13,10 @@ namespace tinytrain {
 // the augmentation, see images.Augmentation in Python).
 template <class T>
 struct ImageSource {
-  const uint8_t* bytes = nullptr;   // (height, width, 3), or
+  const uint8_t* bytes = nullptr;  // (height, width, 3), or
   const float* values = nullptr;
-  ImageRow<T> map{};                // scale, offset, mirror, shift; pointers unset
-  int shift_y = 0;                  // content moves down; uncovered rows become 0
+  ImageRow<T> map{};  // scale, offset, mirror, shift; pointers unset
+  int shift_y = 0;    // content moves down; uncovered rows become 0
 };
 
 // Rows of a tensor (height, width, channels) of which `held` are in memory: row y lies at y % held. data == nullptr: the image.
@@ -29,7 +29,7 @@ struct RowView {
 // A compact weight gradient as its users want it: `ins` weights a kernel position, (outputs, ins, k, k).
 template <class T>
 void copy_compact(const Op& op, const LayerUpdate& update, int64_t ins, const T* grad, T* out) {
-  if (update.count == 0) return;   // no channel selected
+  if (update.count == 0) return;  // no channel selected
   const int64_t taps = static_cast<int64_t>(op.kernel) * op.kernel;
   const int64_t outs = update.count / (ins * taps);
   for (int64_t o = 0; o < outs; ++o) {
@@ -82,8 +82,7 @@ class Convolution {
   static bool needs_image_sum(const Op& op, Shape out);
 
  private:
-  void load_row(const T* tensor, const ImageSource<T>* image, Shape shape, int y, int spread, T* out, int before,
-                int after) const;
+  void load_row(const T* tensor, const ImageSource<T>* image, Shape shape, int y, int spread, T* out, int before, int after) const;
   void forward_pointwise(RowView<const T> in, RowView<T> out, int begin, int until, const Epilogue<T>& e) const;
   void forward_depthwise(RowView<const T> in, RowView<T> out, int begin, int until, const Epilogue<T>& e) const;
   void forward_dense(RowView<const T> in, RowView<T> out, const ImageSource<T>* image, int begin, int until, T* scratch,
@@ -93,7 +92,7 @@ class Convolution {
   Shape in_, out_;
   const Kernels<T>& kernels_;
   PackedMatrix<T> forward_, backward_;
-  AlignedArray<T> depthwise_;   // (k, k, C rounded up to lanes), both directions
+  AlignedArray<T> depthwise_;  // (k, k, C rounded up to lanes), both directions
   int64_t depthwise_row_ = 0;
   AlignedArray<T> bias_;
 };

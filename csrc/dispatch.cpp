@@ -21,13 +21,13 @@ std::vector<const Kernels<float>*> usable() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
     found.push_back(avx512_kernels());
   }
   if (avx2) found.push_back(avx2_kernels());
 #elif defined(__aarch64__)
-  found.push_back(neon_kernels());   // Advanced SIMD is part of ARMv8.0-A: nothing to ask the CPU
+  found.push_back(neon_kernels());  // Advanced SIMD is part of ARMv8.0-A: nothing to ask the CPU
 #endif
   found.push_back(scalar_kernels());
   return found;

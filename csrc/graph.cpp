@@ -57,7 +57,8 @@ void Graph::finish() {
       layers.push_back(static_cast<int>(i));
     } else if (op.kind == OpKind::kAdd) {
       const Shape other = shapes[op.inputs[1]];
-      if (other.height != in.height || other.width != in.width || other.channels != in.channels) fail(i, "adds tensors of different shapes");
+      if (other.height != in.height || other.width != in.width || other.channels != in.channels)
+        fail(i, "adds tensors of different shapes");
       if (op.inputs[0] == op.inputs[1]) fail(i, "adds a tensor to itself");
     } else if (op.kind == OpKind::kGlobalAverage) {
       if (i + 1 != ops.size()) fail(i, "a global average pool must be the last operation");

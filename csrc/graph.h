@@ -22,10 +22,10 @@ struct Op {
   std::vector<int> inputs;
   Activation activation = Activation::kNone;
   PoolKind pool = PoolKind::kMax;
-  int out_channels = 0;        // conv
+  int out_channels = 0;  // conv
   int kernel = 1, stride = 1, padding = 0;
-  bool depthwise = false;      // conv
-  int layer = -1;              // number of the convolution, -1 for other operations
+  bool depthwise = false;  // conv
+  int layer = -1;          // number of the convolution, -1 for other operations
 
   // One matrix product over all pixels. Every other convolution that is not depthwise goes row by row through a padded copy
   // (`dense`): larger kernels, strides, and whatever reads the image, whose bytes are converted row by row anyway.
@@ -39,9 +39,9 @@ struct Graph {
   int image_size = 0;
   std::vector<Op> ops;
   // Derived by finish():
-  std::vector<Shape> shapes;                 // of every tensor
-  std::vector<int> layers;                   // layer -> operation
-  std::vector<std::vector<int>> consumers;   // tensor -> operations that read it
+  std::vector<Shape> shapes;                // of every tensor
+  std::vector<int> layers;                  // layer -> operation
+  std::vector<std::vector<int>> consumers;  // tensor -> operations that read it
 
   // Checks the graph and fills in what is derived; throws std::invalid_argument naming the operation.
   void finish();

@@ -23,15 +23,15 @@ constexpr int mask_bytes(int channels) { return (channels + 7) / 8; }
 //   v = mask_in[pixel, c] ? v : 0;  fisher[c] += values[pixel, c] * v;  out[pixel, c] = v
 template <class T>
 struct Epilogue {
-  T* out;                   // (pixels, C), rows `out_stride` apart; may equal addend
+  T* out;  // (pixels, C), rows `out_stride` apart; may equal addend
   int64_t out_stride;
-  const T* bias;            // (C rounded up to lanes); zero behind C
-  const T* addend;          // (pixels, C): the shortcut, or a gradient that arrived by another way
+  const T* bias;    // (C rounded up to lanes); zero behind C
+  const T* addend;  // (pixels, C): the shortcut, or a gradient that arrived by another way
   int64_t addend_stride;
-  uint8_t* mask_out;        // (pixels, mask_bytes(C))
-  const uint8_t* mask_in;   // (pixels, mask_bytes(C))
-  const T* values;          // (pixels, C): the activation whose gradient is being written
-  T* fisher;                // (C): sum over pixels of activation * gradient (inner sum of Eq. 2)
+  uint8_t* mask_out;       // (pixels, mask_bytes(C))
+  const uint8_t* mask_in;  // (pixels, mask_bytes(C))
+  const T* values;         // (pixels, C): the activation whose gradient is being written
+  T* fisher;               // (C): sum over pixels of activation * gradient (inner sum of Eq. 2)
   Activation activation;
 };
 
@@ -41,30 +41,30 @@ struct Epilogue {
 // Grad-input: W packed with input and output exchanged (dense: and the kernel turned by 180 degrees).
 template <class T>
 struct Gemm {
-  const T* const* rows;     // `row_count` pointers to the first pixel's first value
-  const int* taps;          // kernel row of each
+  const T* const* rows;  // `row_count` pointers to the first pixel's first value
+  const int* taps;       // kernel row of each
   int row_count;
   int depth;
   int64_t pixel_stride;
   int pixels;
-  const T* weights;         // packed: panels of outputs, each [kernel row][depth][panel]; see pack.h
-  int kernel_rows;          // kernel rows in the packed weights
-  int outputs;              // O
-  Epilogue<T> epilogue;     // at the first pixel
+  const T* weights;      // packed: panels of outputs, each [kernel row][depth][panel]; see pack.h
+  int kernel_rows;       // kernel rows in the packed weights
+  int outputs;           // O
+  Epilogue<T> epilogue;  // at the first pixel
 };
 
 // grad_weight of a pointwise or dense convolution, selected rows only:
 //   grad[s, j] += sum_p grad_output[p, s] * input[p, j]           in order of p, summed from zero, then added once
 template <class T>
 struct GemmGradWeight {
-  const T* grad_output;     // (pixels, S), rows `grad_output_stride` apart
+  const T* grad_output;  // (pixels, S), rows `grad_output_stride` apart
   int64_t grad_output_stride;
-  const T* input;           // (pixels, depth), rows `input_stride` apart
+  const T* input;  // (pixels, depth), rows `input_stride` apart
   int64_t input_stride;
   int pixels;
-  int selected;             // S
+  int selected;  // S
   int depth;
-  T* grad;                  // (S, depth), rows `grad_stride` apart
+  T* grad;  // (S, depth), rows `grad_stride` apart
   int64_t grad_stride;
 };
 
@@ -74,15 +74,15 @@ struct GemmGradWeight {
 // Columns outside the row contribute nothing and are not read.
 template <class T>
 struct Depthwise {
-  const T* const* rows;     // `row_count` pointers to rows of (width_in, C)
+  const T* const* rows;  // `row_count` pointers to rows of (width_in, C)
   const int* taps;
   int row_count;
-  const T* weights;         // (k, k, C rounded up to lanes)
+  const T* weights;  // (k, k, C rounded up to lanes)
   int channels;
   int kernel, stride, padding;
   int width_in, width_out;  // of rows and of out
   bool transposed;
-  Epilogue<T> epilogue;     // at out[0]
+  Epilogue<T> epilogue;  // at out[0]
 };
 
 // grad_weight of a depthwise convolution over compact operands (selected channels side by side):
@@ -90,12 +90,12 @@ struct Depthwise {
 // summed from zero in order of (oy, ox), then added once.
 template <class T>
 struct DepthwiseGradWeight {
-  const T* grad_output;     // (height_out, width_out, S)
-  const T* input;           // (height_in, width_in, S)
+  const T* grad_output;  // (height_out, width_out, S)
+  const T* input;        // (height_in, width_in, S)
   int height_in, width_in, height_out, width_out;
-  int selected;             // S
+  int selected;  // S
   int kernel, stride, padding;
-  T* grad;                  // (k, k, S)
+  T* grad;  // (k, k, S)
 };
 
 enum class PoolKind : int { kMax = 0, kAverage = 1 };
@@ -104,44 +104,44 @@ enum class PoolKind : int { kMax = 0, kAverage = 1 };
 template <class T>
 struct Pool {
   PoolKind kind;
-  const T* input;           // (height_in, width_in, C)
+  const T* input;  // (height_in, width_in, C)
   int height_in, width_in, height_out, width_out, channels;
   int kernel, stride, padding;
-  T* out;                   // forward: (height_out, width_out, C)
-  const T* grad_output;     // backward: (height_out, width_out, C); a maximum's first winner in row order gets it all
-  T* grad_input;            // backward: (height_in, width_in, C), overwritten
+  T* out;                // forward: (height_out, width_out, C)
+  const T* grad_output;  // backward: (height_out, width_out, C); a maximum's first winner in row order gets it all
+  T* grad_input;         // backward: (height_in, width_in, C), overwritten
 };
 
 // One image row as the stem wants it: u8 (or already normalised float) RGB -> normalised, augmented, optionally mirrored.
 //   y[c] = scale[c] * x[c] + offset[c] + grey_scale . x           (brightness, saturation and contrast folded into one affine map)
 template <class T>
 struct ImageRow {
-  const uint8_t* bytes;     // (width, 3), or null
-  const float* values;      // (width, 3) if bytes is null
+  const uint8_t* bytes;  // (width, 3), or null
+  const float* values;   // (width, 3) if bytes is null
   int width;
-  int shift;                // content moves right by `shift` pixels; uncovered pixels become 0
-  bool mirror;              // before the shift
-  bool grey;                // grey_scale is not zero
+  int shift;    // content moves right by `shift` pixels; uncovered pixels become 0
+  bool mirror;  // before the shift
+  bool grey;    // grey_scale is not zero
   T scale[3], offset[3], grey_scale[3];
-  T* out;                   // (width, 3)
+  T* out;  // (width, 3)
 };
 
 // Optimisers on a compact run of values; gradients are means already.
 template <class T>
 struct Adam {
-  T* weight;                // (count)
+  T* weight;  // (count)
   const T* grad;
   T* first_moment;
   T* second_moment;
   int64_t count;
   T learning_rate, beta1, beta2, epsilon;
-  T correction1, correction2;   // 1 / (1 - beta^t)
+  T correction1, correction2;  // 1 / (1 - beta^t)
 };
 template <class T>
 struct Sgd {
-  T* weight;                // (count)
+  T* weight;  // (count)
   const T* grad;
-  T* velocity;              // (count), or null without momentum: v = momentum * v + g; w -= learning_rate * v
+  T* velocity;  // (count), or null without momentum: v = momentum * v + g; w -= learning_rate * v
   int64_t count;
   T learning_rate, momentum;
 };
@@ -149,8 +149,8 @@ struct Sgd {
 template <class T>
 struct Kernels {
   const char* isa;
-  int lanes;                // values in a vector
-  int panel_vectors;        // vectors in a full panel of packed weights
+  int lanes;          // values in a vector
+  int panel_vectors;  // vectors in a full panel of packed weights
   void (*gemm)(const Gemm<T>&);
   void (*gemm_grad_weight)(const GemmGradWeight<T>&);
   void (*depthwise)(const Depthwise<T>&);

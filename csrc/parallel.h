@@ -30,7 +30,7 @@ class ThreadPool {
   std::condition_variable start_, done_;
   void (*job_)(void*, int) = nullptr;
   void* context_ = nullptr;
-  long generation_ = 0;   // jobs handed out so far
+  long generation_ = 0;  // jobs handed out so far
   int count_ = 0, running_ = 0;
   bool stopping_ = false;
   std::vector<std::thread> workers_;

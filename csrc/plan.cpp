@@ -10,7 +10,7 @@ namespace tinytrain {
 namespace {
 
 constexpr int64_t kAlignment = 64;
-constexpr int kStripPixels = 64;     // pixels a strip should have at least: enough to reuse a panel of weights
+constexpr int kStripPixels = 64;  // pixels a strip should have at least: enough to reuse a panel of weights
 
 int64_t align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -95,9 +95,9 @@ class Builder {
 
  private:
   struct Gradient {
-    int slot = -1;        // contributions so far
-    int missing = 0;      // contributions still to come
-    bool raw = false;     // its producer's mask and Fisher are still to be applied
+    int slot = -1;     // contributions so far
+    int missing = 0;   // contributions still to come
+    bool raw = false;  // its producer's mask and Fisher are still to be applied
   };
 
   int update_of(int op, bool bias) const {
@@ -240,7 +240,8 @@ class Builder {
     const Op& o = graph_.ops[op];
     Instruction i = instruction(o.kind == OpKind::kAdd    ? Step::kAdd
                                 : o.kind == OpKind::kPool ? Step::kPool
-                                                          : Step::kGlobalAverage, op);
+                                                          : Step::kGlobalAverage,
+                                op);
     i.in = tensor_slot(o.inputs[0]);
     i.mask = mask;
     if (o.kind == OpKind::kAdd) i.addend = tensor_slot(o.inputs[1]);
@@ -300,11 +301,12 @@ class Builder {
     const Op& producer = graph_.ops[tensor - 1];
     if (producer.activation == Activation::kNone || !plan_.needs_grad[tensor]) return -1;
     if (masks_[tensor] < 0) {
-      masks_[tensor] = slot(label(tensor - 1) + " mask", "mask",
-                            graph_.shapes[tensor].pixels() * mask_bytes(graph_.shapes[tensor].channels));
+      masks_[tensor] =
+          slot(label(tensor - 1) + " mask", "mask", graph_.shapes[tensor].pixels() * mask_bytes(graph_.shapes[tensor].channels));
     }
     return masks_[tensor];
   }
+
   // True if the weight gradient needs only some columns of the input.
   bool saves_columns(int op, const LayerUpdate& update) const {
     const int channels = graph_.shapes[graph_.ops[op].inputs[0]].channels;
@@ -316,9 +318,9 @@ class Builder {
     Instruction gather = instruction(Step::kGather, op);
     gather.in = in;
     gather.update = update;
-    gather.out = saved_[op] = values(label(op) + " saved input", "saved input",
-                                     graph_.shapes[graph_.ops[op].inputs[0]].pixels() *
-                                         static_cast<int64_t>(plan_.updates[update].channels.size()));
+    gather.out = saved_[op] =
+        values(label(op) + " saved input", "saved input",
+               graph_.shapes[graph_.ops[op].inputs[0]].pixels() * static_cast<int64_t>(plan_.updates[update].channels.size()));
     emit(std::move(gather));
   }
 
@@ -546,10 +548,10 @@ class Builder {
     }
     if (state_words(plan_.optimizer) > 1) plan_.second_moment = shared("Adam second moment", "optimizer", gradient);
     plan_.fisher = shared("Fisher sums", "fisher", plan_.fisher_count * plan_.value_bytes);
-    plan_.prototypes = shared("prototypes", "feature",
-                              static_cast<int64_t>(plan_.max_ways) * graph_.features() * plan_.value_bytes);
+    plan_.prototypes =
+        shared("prototypes", "feature", static_cast<int64_t>(plan_.max_ways) * graph_.features() * plan_.value_bytes);
     plan_.class_counts = shared("images per class", "feature", plan_.max_ways * static_cast<int64_t>(sizeof(int32_t)));
-    if (plan_.embed.cut_slot < 0) plan_.keep_images = 0;   // no prefix, nothing to keep
+    if (plan_.embed.cut_slot < 0) plan_.keep_images = 0;  // no prefix, nothing to keep
     if (plan_.keep_images > 0) {
       plan_.kept = shared("kept prefix outputs", "kept prefix", plan_.keep_images * plan_.embed.slots[plan_.embed.cut_slot].bytes);
     }
@@ -561,7 +563,7 @@ class Builder {
   int first_tail_group_ = 0;
   int range_first_ = 0;
   Program* program_ = nullptr;
-  std::vector<int> tensors_, masks_, saved_;   // slots by tensor, tensor, operation
+  std::vector<int> tensors_, masks_, saved_;  // slots by tensor, tensor, operation
   std::vector<Gradient> gradients_;
 };
 
@@ -577,8 +579,10 @@ void check(const Graph& graph, const PlanRequest& request) {
     if (u.bias) continue;
     const Op& op = graph.layer_op(u.layer);
     const int channels = u.axis == Axis::kIn ? graph.layer_input(u.layer).channels : graph.layer_output(u.layer).channels;
-    if (u.axis == Axis::kIn && op.depthwise) throw std::invalid_argument(where + ": axis 'in' is for dense and pointwise convolutions");
-    if (u.axis == Axis::kIn && op.inputs[0] == 0) throw std::invalid_argument(where + ": axis 'in' cannot select colours of the image");
+    if (u.axis == Axis::kIn && op.depthwise)
+      throw std::invalid_argument(where + ": axis 'in' is for dense and pointwise convolutions");
+    if (u.axis == Axis::kIn && op.inputs[0] == 0)
+      throw std::invalid_argument(where + ": axis 'in' cannot select colours of the image");
     if (u.channels.empty()) throw std::invalid_argument(where + ": no channels");
     for (size_t i = 0; i < u.channels.size(); ++i) {
       if (u.channels[i] < 0 || u.channels[i] >= channels || (i > 0 && u.channels[i] <= u.channels[i - 1])) {
@@ -623,9 +627,9 @@ Plan make_plan(const Graph& graph, const PlanRequest& request) {
     u.offset = base.gradient_count;
     const int64_t out = graph.layer_output(u.layer).channels;
     const int64_t selected = static_cast<int64_t>(u.channels.size());
-    u.count = u.bias                   ? out
-              : u.axis == Axis::kOut   ? selected * graph.fan_in(u.layer)
-                                       : out * selected * graph.layer_op(u.layer).kernel * graph.layer_op(u.layer).kernel;
+    u.count = u.bias                 ? out
+              : u.axis == Axis::kOut ? selected * graph.fan_in(u.layer)
+                                     : out * selected * graph.layer_op(u.layer).kernel * graph.layer_op(u.layer).kernel;
     base.gradient_count += u.count;
   }
   for (int layer : base.fisher_layers) {

@@ -17,9 +17,9 @@ template <class T>
 struct Session<T>::Worker {
   char* workspace = nullptr;
   std::vector<T*> embed_slots, train_slots;
-  std::vector<T*>* slots = nullptr;   // of the program that runs
-  int done[kMaxLinks];                // rows produced by each link of a chain
-  int loaded[kMaxLinks];              // padded input rows loaded by each dense link
+  std::vector<T*>* slots = nullptr;  // of the program that runs
+  int done[kMaxLinks];               // rows produced by each link of a chain
+  int loaded[kMaxLinks];             // padded input rows loaded by each dense link
   ImageSource<T> image;
   double loss = 0;
   bool correct = false;
@@ -33,7 +33,7 @@ struct Session<T>::Pass {
   Images images;
   int64_t count = 0;
   const int64_t* labels = nullptr;
-  T* features = nullptr;                 // embed
+  T* features = nullptr;  // embed
   bool sum_prototypes = false, keep = false, from_kept = false;
   const T* feature_gradients = nullptr;  // backward
   double scale = 0, weight = 0;          // proto_backward
@@ -355,7 +355,7 @@ void Session<T>::prepare_image(Worker& worker, const Pass& pass, int64_t image) 
   if (pass.images.augmentation) {
     const AugmentationRow& a = pass.images.augmentation[image];
     row.mirror = a.flip != 0;
-    const auto shift = [size](float pixels) {   // past the border is past the border, and fits an int
+    const auto shift = [size](float pixels) {  // past the border is past the border, and fits an int
       return static_cast<int>(std::clamp(pixels, static_cast<float>(-size), static_cast<float>(size)));
     };
     row.shift = shift(a.shift_x);
@@ -401,9 +401,7 @@ void Session<T>::run_steps(Worker& worker, Pass& pass, const Program& program, i
     const Op& op = graph_.ops[step.op];
     const Shape out = graph_.shapes[step.op + 1];
     switch (step.step) {
-      case Step::kChain:
-        chain(worker, step);
-        break;
+      case Step::kChain: chain(worker, step); break;
       case Step::kAdd: {
         Epilogue<T> e{};
         e.out = slot(step.out);
@@ -451,9 +449,7 @@ void Session<T>::run_steps(Worker& worker, Pass& pass, const Program& program, i
                                 slot(step.out));
         break;
       }
-      case Step::kHead:
-        head(worker, pass, program, image);
-        break;
+      case Step::kHead: head(worker, pass, program, image); break;
       case Step::kGlobalAverageBackward: {
         const Shape in = graph_.shapes[op.inputs[0]];
         const T* grad = slot(step.grad);
@@ -470,9 +466,7 @@ void Session<T>::run_steps(Worker& worker, Pass& pass, const Program& program, i
         kernels_.grad_bias(slot(step.grad), out.pixels(), out.channels, grad + plan_.updates[step.update].offset);
         break;
       }
-      case Step::kGradWeight:
-        grad_weight(worker, step);
-        break;
+      case Step::kGradWeight: grad_weight(worker, step); break;
       case Step::kGradInput:
         layers_[op.layer].grad_input(slot(step.grad), slot(step.scratch),
                                      backward_epilogue(worker, step, graph_.shapes[op.inputs[0]].channels));

@@ -27,15 +27,15 @@ struct AugmentationRow {
 };
 
 struct Images {
-  const uint8_t* bytes = nullptr;    // (N, size, size, 3), or
-  const float* values = nullptr;     // the same, already normalised
+  const uint8_t* bytes = nullptr;  // (N, size, size, 3), or
+  const float* values = nullptr;   // the same, already normalised
   int64_t count = 0;
-  const AugmentationRow* augmentation = nullptr;   // (N), or null
+  const AugmentationRow* augmentation = nullptr;  // (N), or null
 };
 
 struct LayerValues {
-  const float* weight;   // (O, C / groups, k, k)
-  const float* bias;     // (O)
+  const float* weight;  // (O, C / groups, k, k)
+  const float* bias;    // (O)
 };
 
 struct ProtoResult {
@@ -101,7 +101,7 @@ class Session {
   Epilogue<T> backward_epilogue(Worker& worker, const Instruction& step, int channels);
 
   Plan plan_;
-  const Graph& graph_;   // plan_.graph
+  const Graph& graph_;  // plan_.graph
   const Kernels<T>& kernels_;
   double mean_[3], std_[3];
   std::vector<Convolution<T>> layers_;

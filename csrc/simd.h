@@ -69,12 +69,8 @@ TT_INLINE V keep(V v, unsigned bits) {
 // x86 max / min return the second operand where one is NaN.
 TT_INLINE V clamp_below(V v, V low) { return (V)_mm256_max_ps((__m256)low, (__m256)v); }
 TT_INLINE V clamp_above(V v, V high) { return (V)_mm256_min_ps((__m256)high, (__m256)v); }
-TT_INLINE unsigned positive(V v) {
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_GT_OQ));
-}
-TT_INLINE unsigned below(V v, V high) {
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)high, _CMP_LT_OQ));
-}
+TT_INLINE unsigned positive(V v) { return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_GT_OQ)); }
+TT_INLINE unsigned below(V v, V high) { return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)high, _CMP_LT_OQ)); }
 TT_INLINE V keep(V v, unsigned bits) {
   const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits), lane), lane);
@@ -83,15 +79,9 @@ TT_INLINE V keep(V v, unsigned bits) {
 #elif defined(TT_AVX512)
 TT_INLINE V clamp_below(V v, V low) { return (V)_mm512_max_ps((__m512)low, (__m512)v); }
 TT_INLINE V clamp_above(V v, V high) { return (V)_mm512_min_ps((__m512)high, (__m512)v); }
-TT_INLINE unsigned positive(V v) {
-  return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GT_OQ);
-}
-TT_INLINE unsigned below(V v, V high) {
-  return _mm512_cmp_ps_mask((__m512)v, (__m512)high, _CMP_LT_OQ);
-}
-TT_INLINE V keep(V v, unsigned bits) {
-  return (V)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v);
-}
+TT_INLINE unsigned positive(V v) { return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GT_OQ); }
+TT_INLINE unsigned below(V v, V high) { return _mm512_cmp_ps_mask((__m512)v, (__m512)high, _CMP_LT_OQ); }
+TT_INLINE V keep(V v, unsigned bits) { return (V)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v); }
 #endif
 #endif  // TT_SCALAR
 
@@ -100,12 +90,8 @@ TT_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 
 // The first `count` lanes only, the rest zero: for channel counts that are no multiple of the lanes.
 #if defined(TT_AVX512)
-TT_INLINE V load_some(const T* p, int count) {
-  return (V)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
-}
-TT_INLINE void store_some(T* p, V v, int count) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
-}
+TT_INLINE V load_some(const T* p, int count) { return (V)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p); }
+TT_INLINE void store_some(T* p, V v, int count) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v); }
 #elif defined(TT_AVX2)
 TT_INLINE __m256i first_lanes(int count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

@@ -42,7 +42,7 @@ constexpr int tap_output(int column, int tap) {
 template <int K, int S, bool kTransposed, int P, bool kLeft, bool kRight>
 void depthwise_tile(const Depthwise<T>& d, int x) {
   constexpr int kPadding = (K - 1) / 2;
-  constexpr int kInside = kTransposed ? P / S : P * S;   // input columns that belong to the tile
+  constexpr int kInside = kTransposed ? P / S : P * S;  // input columns that belong to the tile
   constexpr int kFirst = kLeft ? 0 : (kTransposed ? -(kPadding / S) : -kPadding);
   constexpr int kLast = kRight ? kInside : kInside + (kTransposed ? kPadding : K - 1 - kPadding);
   const int first = kTransposed ? x / S : x * S;
@@ -138,8 +138,7 @@ TT_INLINE void depthwise_grad_tile(const T* grad_output, const T* const* inputs,
 }
 
 template <int K, int S, int R>
-TT_INLINE void depthwise_grad_rows(const DepthwiseGradWeight<T>& d, const T* grad_output, const T* const* inputs,
-                                   V (&acc)[R][K]) {
+TT_INLINE void depthwise_grad_rows(const DepthwiseGradWeight<T>& d, const T* grad_output, const T* const* inputs, V (&acc)[R][K]) {
   constexpr int P = 4;
   const int64_t C = d.selected;
   if (d.width_out == P) {
@@ -208,8 +207,8 @@ bool depthwise_grad_kernel(const DepthwiseGradWeight<T>& d, int c) {
 }
 
 bool depthwise_grad_vector(const DepthwiseGradWeight<T>& d, int c) {
-  const bool regular = d.width_in == d.width_out * d.stride && d.width_out % 4 == 0 &&
-                       d.padding == (d.kernel - 1) / 2 && c + kLanes <= d.selected;
+  const bool regular =
+      d.width_in == d.width_out * d.stride && d.width_out % 4 == 0 && d.padding == (d.kernel - 1) / 2 && c + kLanes <= d.selected;
   if (!regular || (d.stride != 1 && d.stride != 2)) return false;
   if (d.kernel == 3) return d.stride == 1 ? depthwise_grad_kernel<3, 1>(d, c) : depthwise_grad_kernel<3, 2>(d, c);
   if (d.kernel == 5) return d.stride == 1 ? depthwise_grad_kernel<5, 1>(d, c) : depthwise_grad_kernel<5, 2>(d, c);

@@ -136,8 +136,8 @@ void image_pixels(const ImageRow<T>& r, const In* row, int from, int count, T* o
 }
 
 void image_row(const ImageRow<T>& r) {
-  const int from = r.shift < 0 ? -r.shift : 0;                   // first source pixel that stays inside
-  const int at = r.shift > 0 ? r.shift : 0;                      // where it lands
+  const int from = r.shift < 0 ? -r.shift : 0;  // first source pixel that stays inside
+  const int at = r.shift > 0 ? r.shift : 0;     // where it lands
   const int count = r.width - from - at > 0 ? r.width - from - at : 0;
   for (int i = 0; i < 3 * at && i < 3 * r.width; ++i) r.out[i] = 0;
   if (count > 0) {
@@ -182,7 +182,7 @@ void sgd(const Sgd<T>& s) {
 }
 
 T magnitude(const T* x, int64_t count) {
-  T largest = 0, fault = 0;   // x - x is 0 where x is finite, NaN elsewhere
+  T largest = 0, fault = 0;  // x - x is 0 where x is finite, NaN elsewhere
   for (int64_t i = 0; i < count; ++i) {
     const T size = x[i] < 0 ? -x[i] : x[i];
     largest = size > largest ? size : largest;

@@ -35,8 +35,8 @@ TT_INLINE void add_fisher(const Epilogue<T>& e, V fisher, int channel, int chann
 }
 
 // A tile of `pixels` x `vectors` sums, through memory: one copy of this code serves every tile shape.
-__attribute__((noinline)) void finish_tile(const Epilogue<T>& e, const V* sums, int64_t pixel, int pixels, int channel,
-                                           int vectors, int channels) {
+__attribute__((noinline)) void finish_tile(const Epilogue<T>& e, const V* sums, int64_t pixel, int pixels, int channel, int vectors,
+                                           int channels) {
   for (int j = 0; j < vectors && channel + j * kLanes < channels; ++j) {
     V fisher{};
     for (int i = 0; i < pixels; ++i) {
@@ -51,7 +51,7 @@ __attribute__((noinline)) void finish_tile(const Epilogue<T>& e, const V* sums, 
 // goes through finish_tile.
 template <int P, int N>
 TT_INLINE void finish_sums(const Epilogue<T>& e, V (&sums)[P][N], int64_t pixel, int channel, int channels) {
-  const bool bytes = kLanes >= 8 || (N * kLanes % 8 == 0 && channel + N * kLanes <= channels);   // whole bytes of ReLU bits
+  const bool bytes = kLanes >= 8 || (N * kLanes % 8 == 0 && channel + N * kLanes <= channels);  // whole bytes of ReLU bits
   const bool frozen = e.bias && !e.mask_out && !e.mask_in && !e.fisher;
   const bool saving = bytes && e.bias && e.mask_out && e.activation == Activation::kRelu6 && !e.addend && !e.mask_in && !e.fisher;
   const bool gradient = bytes && !e.bias && !e.addend && e.mask_in && e.activation == Activation::kNone;
@@ -65,9 +65,8 @@ TT_INLINE void finish_sums(const Epilogue<T>& e, V (&sums)[P][N], int64_t pixel,
     });
     if (e.addend) {
       const T* addend = e.addend + pixel * e.addend_stride + channel;
-      unroll<P * N>(TT_EACH {
-        sums[i / N][i % N] += load_up_to(addend + (i / N) * e.addend_stride + (i % N) * kLanes, count_of(i % N));
-      });
+      unroll<P * N>(
+          TT_EACH { sums[i / N][i % N] += load_up_to(addend + (i / N) * e.addend_stride + (i % N) * kLanes, count_of(i % N)); });
     }
     if (saving) {
       uint8_t* mask = e.mask_out + pixel * mask_bytes(channels);

@@ -5,16 +5,16 @@
 // Bound by the FMA ports (x86: P + N loads for P * N FMAs); on the A53 inputs come as vectors of four and are used by lane.
 
 // Vectors in a full panel, and pixels in a tile of one, two or three vectors: as many sums as the registers hold. Three vectors
-// fit every expansion of the three networks without a rest (their widths are multiples of 24 and 48).
+// fit most expansions of the three networks without a rest (their widths are multiples of 24 or 48).
 #if defined(TT_NEON)
 constexpr int kPanelVectors = 2;
-constexpr int kTilePixels[] = {0, 8, 8};   // 16 sums + 8 inputs + 2 weights of 32 registers
+constexpr int kTilePixels[] = {0, 8, 8};  // 16 sums + 8 inputs + 2 weights of 32 registers
 #elif defined(TT_AVX512)
 constexpr int kPanelVectors = 3;
-constexpr int kTilePixels[] = {0, 8, 8, 8};   // more pixels than eight run out of address registers
+constexpr int kTilePixels[] = {0, 8, 8, 8};  // more pixels than eight run out of address registers
 #elif defined(TT_AVX2)
 constexpr int kPanelVectors = 3;
-constexpr int kTilePixels[] = {0, 8, 6, 4};   // 12 sums + 3 weights + 1 input of 16 registers
+constexpr int kTilePixels[] = {0, 8, 6, 4};  // 12 sums + 3 weights + 1 input of 16 registers
 #else
 constexpr int kPanelVectors = 2;
 constexpr int kTilePixels[] = {0, 4, 4};
@@ -103,11 +103,11 @@ constexpr int kGradRows = 4;
 struct OuterProduct {
   const T* rows;
   const T* vectors;
-  int64_t row_stride, vector_stride;   // between pixels
+  int64_t row_stride, vector_stride;  // between pixels
   int row_count, vector_count;
   int pixels;
   T* grad;
-  int64_t grad_row_stride, grad_vector_stride;   // between values of rows, of vectors
+  int64_t grad_row_stride, grad_vector_stride;  // between values of rows, of vectors
 };
 
 template <int R, int N, bool kWhole>
@@ -116,12 +116,10 @@ TT_INLINE void outer_tile(const OuterProduct& g, int row, int column) {
   unroll<R * N>(TT_EACH { acc[i / N][i % N] = V{}; });
   const T* rows = g.rows + row;
   const T* vectors = g.vectors + column;
-  const int last = g.vector_count - column - (N - 1) * kLanes;   // values in the last vector
+  const int last = g.vector_count - column - (N - 1) * kLanes;  // values in the last vector
   for (int p = 0; p < g.pixels; ++p) {
     V x[N];
-    unroll<N>(TT_EACH {
-      x[i] = kWhole || i + 1 < N ? load(vectors + i * kLanes) : load_some(vectors + i * kLanes, last);
-    });
+    unroll<N>(TT_EACH { x[i] = kWhole || i + 1 < N ? load(vectors + i * kLanes) : load_some(vectors + i * kLanes, last); });
 #if defined(TT_NEON)
     if constexpr (R == 8) {
       const V low = load(rows), high = load(rows + 4);
@@ -186,10 +184,10 @@ constexpr int outer_cost(int rows, int vectors) {
 }
 
 void gemm_grad_weight(const GemmGradWeight<T>& g) {
-  const OuterProduct direct{g.grad_output, g.input, g.grad_output_stride, g.input_stride, g.selected, g.depth,
-                            g.pixels,      g.grad,  g.grad_stride,        1};
-  const OuterProduct turned{g.input,  g.grad_output, g.input_stride, g.grad_output_stride, g.depth, g.selected,
-                            g.pixels, g.grad,        1,              g.grad_stride};
+  const OuterProduct direct{g.grad_output, g.input, g.grad_output_stride, g.input_stride, g.selected, g.depth, g.pixels, g.grad,
+                            g.grad_stride, 1};
+  const OuterProduct turned{g.input, g.grad_output, g.input_stride, g.grad_output_stride, g.depth, g.selected, g.pixels, g.grad,
+                            1,       g.grad_stride};
   const bool turn = kLanes > 1 && outer_cost(g.depth, g.selected) < outer_cost(g.selected, g.depth);
   outer_product<kGradRows>(turn ? turned : direct, 0);
 }
