@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(args, EXIT_INTERRUPTED, "interrupted")
     except BudgetExceeded as error:
-        return _fail(args, EXIT_BUDGET, f"{error}; {_larger_budget(error)}")
+        return _fail(args, EXIT_BUDGET, _larger_budget(args, error))
     except NonFiniteError as error:
         return _fail(args, EXIT_UNEXPECTED, f"{error}; give a smaller --learning-rate")
     except BrokenPipeError:
@@ -400,14 +400,19 @@ def _budget(args: argparse.Namespace) -> Budget:
     return Budget(args.memory, args.compute, args.accounting)
 
 
-def _larger_budget(error: BudgetExceeded) -> str:
+def _larger_budget(args: argparse.Namespace, error: BudgetExceeded) -> str:
+    """What the budget was, and the smallest one that would do."""
     needed = []
     if error.needed_bytes is not None:
         needed.append(f"--memory {error.needed_bytes} ({report.size_text(error.needed_bytes)})")
     if error.needed_compute is not None:
         # Rounded up, so that what is printed will do.
         needed.append(f"--compute {np.ceil(error.needed_compute * 1e4) / 1e4:g}")
-    return f"give at least {' and '.join(needed)}" if needed else "give a larger budget"
+    return (
+        f"a budget of {report.size_text(args.memory)} ({args.accounting} accounting) and "
+        f"{report.percent_text(args.compute)} of FullTrain's backward MACs cannot be met; "
+        f"give at least {' and '.join(needed)}"
+    )
 
 
 def _peak_resident_bytes() -> int:
