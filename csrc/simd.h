@@ -110,6 +110,19 @@ TT_INLINE void store_some(T* p, V v, int count) {
   for (int i = 0; i < count; ++i) p[i] = lanes[i];
 }
 #endif
+// A vector of which only some lanes may exist, loaded at full speed where the ISA has masks; elsewhere always whole.
+#if defined(TT_AVX512)
+constexpr bool kLoadsParts = true;
+using Part = __mmask16;
+TT_INLINE Part part_of(int count) { return static_cast<Part>(count >= kLanes ? 0xFFFF : (1 << count) - 1); }
+TT_INLINE V load_part(const T* p, Part part) { return (V)_mm512_maskz_loadu_ps(part, p); }
+#else
+constexpr bool kLoadsParts = false;
+struct Part {};
+TT_INLINE Part part_of(int) { return {}; }
+TT_INLINE V load_part(const T* p, Part) { return load(p); }
+#endif
+
 TT_INLINE V load_up_to(const T* p, int count) { return count >= kLanes ? load(p) : load_some(p, count); }
 TT_INLINE void store_up_to(T* p, V v, int count) {
   if (count >= kLanes) {

@@ -39,56 +39,80 @@ constexpr int tap_output(int column, int tap) {
   return shifted % S == 0 ? shifted / S : -1;
 }
 
+// What P output pixels gather from one input row; `input` at the tile's first column.
 template <int K, int S, bool kTransposed, int P, bool kLeft, bool kRight>
-void depthwise_tile(const Depthwise<T>& d, int x) {
+TT_INLINE void depthwise_gather(const T* input, int64_t C, Part part, const V (&w)[K], V (&acc)[P][1]) {
   constexpr int kPadding = (K - 1) / 2;
   constexpr int kInside = kTransposed ? P / S : P * S;  // input columns that belong to the tile
   constexpr int kFirst = kLeft ? 0 : (kTransposed ? -(kPadding / S) : -kPadding);
   constexpr int kLast = kRight ? kInside : kInside + (kTransposed ? kPadding : K - 1 - kPadding);
-  const int first = kTransposed ? x / S : x * S;
+  unroll<kLast - kFirst>([&](auto at) __attribute__((always_inline)) {
+    constexpr int kColumn = kFirst + at.value;
+    const V v = load_part(input + kColumn * C, part);
+    unroll<K>(TT_EACH {
+      constexpr int kOut = tap_output<K, S, kTransposed>(kColumn, i.value);
+      if constexpr (kOut >= 0 && kOut < P) acc[kOut][0] += v * w[i];
+    });
+  });
+}
+
+// A tile of one vector of channels; w: the R x K weights if the rows are all K of them (inside the image), else null.
+template <int K, int S, bool kTransposed, int P, bool kLeft, bool kRight>
+TT_INLINE void depthwise_tile(const Depthwise<T>& d, int x, int c, Part part, const V (*w)[K], int64_t weight_row) {
   const int64_t C = d.channels;
-  const int64_t weight_row = (C + kLanes - 1) / kLanes * kLanes;
-  for (int c = 0; c < C; c += kLanes) {
-    V acc[P][1];
-    unroll<P>(TT_EACH { acc[i][0] = V{}; });
+  const int64_t first = (kTransposed ? x / S : x * S) * C + c;
+  V acc[P][1];
+  unroll<P>(TT_EACH { acc[i][0] = V{}; });
+  if (w) {
+    unroll<K>(TT_EACH { depthwise_gather<K, S, kTransposed, P, kLeft, kRight>(d.rows[i] + first, C, part, w[i], acc); });
+  } else {
     for (int r = 0; r < d.row_count; ++r) {
-      const T* input = d.rows[r] + first * C + c;
       const T* weights = d.weights + static_cast<int64_t>(d.taps[r]) * K * weight_row + c;
-      V w[K];
-      unroll<K>(TT_EACH { w[i] = load(weights + i * weight_row); });
-      unroll<kLast - kFirst>([&](auto at) __attribute__((always_inline)) {
-        constexpr int kColumn = kFirst + at.value;
-        const V v = load(input + kColumn * C);
-        unroll<K>(TT_EACH {
-          constexpr int kOut = tap_output<K, S, kTransposed>(kColumn, i.value);
-          if constexpr (kOut >= 0 && kOut < P) acc[kOut][0] += v * w[i];
-        });
-      });
+      V row[K];
+      unroll<K>(TT_EACH { row[i] = load(weights + i * weight_row); });
+      depthwise_gather<K, S, kTransposed, P, kLeft, kRight>(d.rows[r] + first, C, part, row, acc);
     }
-    finish_sums<P, 1>(d.epilogue, acc, x, c, d.channels);
   }
+  finish_sums<P, 1>(d.epilogue, acc, x, c, d.channels);
 }
 
 template <int K, int S, bool kTransposed, int P>
-void depthwise_tiles(const Depthwise<T>& d) {
+TT_INLINE void depthwise_tiles(const Depthwise<T>& d, int c, Part part, const V (*w)[K], int64_t weight_row) {
   if (d.width_out == P) {
-    depthwise_tile<K, S, kTransposed, P, true, true>(d, 0);
+    depthwise_tile<K, S, kTransposed, P, true, true>(d, 0, c, part, w, weight_row);
     return;
   }
-  depthwise_tile<K, S, kTransposed, P, true, false>(d, 0);
+  depthwise_tile<K, S, kTransposed, P, true, false>(d, 0, c, part, w, weight_row);
   int x = P;
-  for (; x + P < d.width_out; x += P) depthwise_tile<K, S, kTransposed, P, false, false>(d, x);
-  depthwise_tile<K, S, kTransposed, P, false, true>(d, x);
+  for (; x + P < d.width_out; x += P) depthwise_tile<K, S, kTransposed, P, false, false>(d, x, c, part, w, weight_row);
+  depthwise_tile<K, S, kTransposed, P, false, true>(d, x, c, part, w, weight_row);
+}
+
+// Rows in the image's middle meet all K kernel rows, in order (turned round if transposed): the weights are loaded once for the
+// whole row of pixels.
+template <int K, int S, bool kTransposed, int P>
+void depthwise_vectors(const Depthwise<T>& d) {
+  const int64_t weight_row = (d.channels + kLanes - 1) / kLanes * kLanes;
+  for (int c = 0; c < d.channels; c += kLanes) {
+    const Part part = part_of(d.channels - c);
+    if (K == 3 && d.row_count == K) {
+      V w[K][K];
+      unroll<K * K>(TT_EACH { w[i / K][i % K] = load(d.weights + (d.taps[i / K] * K + i % K) * weight_row + c); });
+      depthwise_tiles<K, S, kTransposed, P>(d, c, part, w, weight_row);
+    } else {
+      depthwise_tiles<K, S, kTransposed, P>(d, c, part, nullptr, weight_row);
+    }
+  }
 }
 
 template <int K, int S, bool kTransposed>
 bool depthwise_row(const Depthwise<T>& d) {
   const bool regular = kTransposed ? d.width_out == d.width_in * S : d.width_in == d.width_out * S;
-  if (!regular || d.padding != (K - 1) / 2 || d.channels % kLanes != 0) return false;
+  if (!regular || d.padding != (K - 1) / 2 || (!kLoadsParts && d.channels % kLanes != 0)) return false;
   if (d.width_out % 8 == 0) {
-    depthwise_tiles<K, S, kTransposed, 8>(d);
+    depthwise_vectors<K, S, kTransposed, 8>(d);
   } else if (d.width_out % 4 == 0) {
-    depthwise_tiles<K, S, kTransposed, 4>(d);
+    depthwise_vectors<K, S, kTransposed, 4>(d);
   } else {
     return false;
   }
@@ -119,16 +143,16 @@ void depthwise(const Depthwise<T>& d) {
 
 #if !defined(TT_SCALAR)
 template <int K, int S, int R, bool kLeft, bool kRight>
-TT_INLINE void depthwise_grad_tile(const T* grad_output, const T* const* inputs, int64_t stride, V (&acc)[R][K]) {
+TT_INLINE void depthwise_grad_tile(const T* grad_output, const T* const* inputs, int64_t stride, Part part, V (&acc)[R][K]) {
   constexpr int P = 4, kPadding = (K - 1) / 2;
   constexpr int kFirst = kLeft ? 0 : -kPadding;
   constexpr int kLast = kRight ? P * S : P * S + K - 1 - kPadding;
   V g[P];
-  unroll<P>(TT_EACH { g[i] = load(grad_output + i * stride); });
+  unroll<P>(TT_EACH { g[i] = load_part(grad_output + i * stride, part); });
   unroll<R>([&](auto r) __attribute__((always_inline)) {
     unroll<kLast - kFirst>([&](auto at) __attribute__((always_inline)) {
       constexpr int kColumn = kFirst + at.value;
-      const V v = load(inputs[r] + kColumn * stride);
+      const V v = load_part(inputs[r] + kColumn * stride, part);
       unroll<K>(TT_EACH {
         constexpr int kOut = tap_output<K, S, false>(kColumn, i.value);
         if constexpr (kOut >= 0 && kOut < P) acc[r][i] += v * g[kOut];
@@ -138,23 +162,24 @@ TT_INLINE void depthwise_grad_tile(const T* grad_output, const T* const* inputs,
 }
 
 template <int K, int S, int R>
-TT_INLINE void depthwise_grad_rows(const DepthwiseGradWeight<T>& d, const T* grad_output, const T* const* inputs, V (&acc)[R][K]) {
+TT_INLINE void depthwise_grad_rows(const DepthwiseGradWeight<T>& d, const T* grad_output, const T* const* inputs, Part part,
+                                   V (&acc)[R][K]) {
   constexpr int P = 4;
   const int64_t C = d.selected;
   if (d.width_out == P) {
-    depthwise_grad_tile<K, S, R, true, true>(grad_output, inputs, C, acc);
+    depthwise_grad_tile<K, S, R, true, true>(grad_output, inputs, C, part, acc);
     return;
   }
   const T* at[R];
   unroll<R>(TT_EACH { at[i] = inputs[i]; });
-  depthwise_grad_tile<K, S, R, true, false>(grad_output, at, C, acc);
+  depthwise_grad_tile<K, S, R, true, false>(grad_output, at, C, part, acc);
   int x = P;
   for (; x + P < d.width_out; x += P) {
     unroll<R>(TT_EACH { at[i] += P * S * C; });
-    depthwise_grad_tile<K, S, R, false, false>(grad_output + x * C, at, C, acc);
+    depthwise_grad_tile<K, S, R, false, false>(grad_output + x * C, at, C, part, acc);
   }
   unroll<R>(TT_EACH { at[i] += P * S * C; });
-  depthwise_grad_tile<K, S, R, false, true>(grad_output + x * C, at, C, acc);
+  depthwise_grad_tile<K, S, R, false, true>(grad_output + x * C, at, C, part, acc);
 }
 
 // Kernel rows [ky, ky + R) of one vector of channels. An output row whose R input rows are not all inside the image adds to
@@ -162,6 +187,7 @@ TT_INLINE void depthwise_grad_rows(const DepthwiseGradWeight<T>& d, const T* gra
 template <int K, int S, int R>
 void depthwise_grad_group(const DepthwiseGradWeight<T>& d, int ky, int c) {
   const int64_t C = d.selected;
+  const Part part = part_of(d.selected - c);
   V acc[R][K];
   unroll<R * K>(TT_EACH { acc[i / K][i % K] = V{}; });
   for (int oy = 0; oy < d.height_out; ++oy) {
@@ -170,7 +196,7 @@ void depthwise_grad_group(const DepthwiseGradWeight<T>& d, int ky, int c) {
     if (iy >= 0 && iy + R <= d.height_in) {
       const T* inputs[R];
       unroll<R>(TT_EACH { inputs[i] = d.input + static_cast<int64_t>(iy + i) * d.width_in * C + c; });
-      depthwise_grad_rows<K, S, R>(d, grad_output, inputs, acc);
+      depthwise_grad_rows<K, S, R>(d, grad_output, inputs, part, acc);
     } else {
       unroll<R>(TT_EACH {
         const int y = iy + i;
@@ -178,7 +204,7 @@ void depthwise_grad_group(const DepthwiseGradWeight<T>& d, int ky, int c) {
           const T* inputs[1] = {d.input + static_cast<int64_t>(y) * d.width_in * C + c};
           V one[1][K];
           unroll<K>(TT_EACH_J { one[0][j] = acc[i][j]; });
-          depthwise_grad_rows<K, S, 1>(d, grad_output, inputs, one);
+          depthwise_grad_rows<K, S, 1>(d, grad_output, inputs, part, one);
           unroll<K>(TT_EACH_J { acc[i][j] = one[0][j]; });
         }
       });
@@ -186,7 +212,8 @@ void depthwise_grad_group(const DepthwiseGradWeight<T>& d, int ky, int c) {
   }
   unroll<R * K>(TT_EACH {
     T* out = d.grad + static_cast<int64_t>((ky + i / K) * K + i % K) * C + c;
-    store(out, load(out) + acc[i / K][i % K]);
+    const int count = d.selected - c;
+    store_up_to(out, load_up_to(out, count) + acc[i / K][i % K], count);
   });
 }
 
@@ -207,8 +234,8 @@ bool depthwise_grad_kernel(const DepthwiseGradWeight<T>& d, int c) {
 }
 
 bool depthwise_grad_vector(const DepthwiseGradWeight<T>& d, int c) {
-  const bool regular =
-      d.width_in == d.width_out * d.stride && d.width_out % 4 == 0 && d.padding == (d.kernel - 1) / 2 && c + kLanes <= d.selected;
+  const bool regular = d.width_in == d.width_out * d.stride && d.width_out % 4 == 0 && d.padding == (d.kernel - 1) / 2 &&
+                       (kLoadsParts || c + kLanes <= d.selected);
   if (!regular || (d.stride != 1 && d.stride != 2)) return false;
   if (d.kernel == 3) return d.stride == 1 ? depthwise_grad_kernel<3, 1>(d, c) : depthwise_grad_kernel<3, 2>(d, c);
   if (d.kernel == 5) return d.stride == 1 ? depthwise_grad_kernel<5, 1>(d, c) : depthwise_grad_kernel<5, 2>(d, c);
