@@ -1,0 +1,31 @@
+#!/bin/bash
+# wheel.sh WORK: builds WORK/wheels/tinytrain_ext-*-cp3XX-cp3XX-manylinux_*_aarch64.whl from this checkout and checks it.
+# Needs WORK/tools (a virtual environment) and, on a machine of another kind, WORK/sysroot: see test.sh, which makes both.
+set -euo pipefail
+project=$(realpath "$(dirname "$0")/../..")
+work=$(realpath "$1")
+python=${TINYTRAIN_TARGET_PYTHON:-3.11}
+abi=cp${python/./}
+export PATH=$work/tools/bin:$PATH
+rm -rf "$work/raw" "$work/wheels"
+arguments=(-C "build-dir=$work/build-$python")
+if [ "$(uname -m)" != aarch64 ]; then
+  # Debian's pyconfig.h only points to the one of each architecture, by a path that a cross compiler does not search.
+  headers=$work/headers/python$python
+  mkdir -p "$work/headers"
+  cp -rn "$work/sysroot/usr/include/python$python" "$work/headers"
+  cp "$work/sysroot/usr/include/aarch64-linux-gnu/python$python/pyconfig.h" "$headers/pyconfig.h"
+  export CMAKE_TOOLCHAIN_FILE=$project/tools/aarch64/toolchain.cmake
+  # Without the first the wheel would be tagged for, without the second its module named after, the machine that builds.
+  export _PYTHON_HOST_PLATFORM=linux-aarch64
+  export SETUPTOOLS_EXT_SUFFIX=.cpython-${python/./}-aarch64-linux-gnu.so
+  arguments+=(-C "cmake.define.Python_INCLUDE_DIR=$headers")
+fi
+pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$work/raw" "${arguments[@]}" "$project"
+# The building Python's version is in the tags; say which one the module was compiled for.
+wheel tags --remove --python-tag "$abi" --abi-tag "$abi" "$work"/raw/*.whl > "$work/tags.log"
+if ! LD_LIBRARY_PATH=/usr/aarch64-linux-gnu/lib auditwheel repair --wheel-dir "$work/wheels" "$work"/raw/*.whl > "$work/auditwheel.log" 2>&1; then
+  cat "$work/auditwheel.log"
+  exit 1
+fi
+"$work/tools/bin/python" "$project/tools/check_wheel.py" --machine aarch64 --python "$python" "$work"/wheels/*.whl
