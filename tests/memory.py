@@ -1,5 +1,7 @@
 """How much memory a process holds, counted so that an emulator's own does not count."""
 
+from pathlib import Path
+
 
 def resident_bytes() -> int:
     """Resident memory of this process.
@@ -7,10 +9,10 @@ def resident_bytes() -> int:
     Under user-mode QEMU /proc/self/maps lists what belongs to the emulated program while
     /proc/self/smaps lists the emulator too; on a real machine the two list the same.
     """
-    with open("/proc/self/maps") as maps:
+    with Path("/proc/self/maps").open() as maps:
         own = [_ends(line) for line in maps]
     total, counted = 0, False
-    with open("/proc/self/smaps") as smaps:
+    with Path("/proc/self/smaps").open() as smaps:
         for line in smaps:
             name = line.split(maxsplit=1)[0]
             if not name.endswith(":"):

@@ -60,9 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--machine", choices=sorted(ELF_MACHINES), required=True)
-    parser.add_argument(
-        "--python", default="3.11", help="the Python it is for (default: %(default)s)"
-    )
+    parser.add_argument("--python", default="3.11", help="the Python it is for")
     arguments = parser.parse_args()
     found = faults(arguments.wheel, arguments.machine, arguments.python)
     for fault in found:

@@ -1,4 +1,4 @@
-"""On the path of an emulated Python only: what it calls itself must be something the host can run."""
+"""On the path of an emulated Python only: it calls itself by a name that the host can run."""
 
 import os
 import sys
