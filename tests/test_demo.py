@@ -36,12 +36,14 @@ def test_the_seed_decides():
 
 def test_saved_images_are_the_task(tmp_path):
     task = draw_task(32, shots=1, queries=2)
-    save_images(task, tmp_path)
+    save_images(task, str(tmp_path))
     files = sorted((tmp_path / "query").rglob("*.png"))
     assert len(files) == 10
     assert {file.parent.name for file in files} == set(CLASSES)
     assert len(list((tmp_path / "support").rglob("*.png"))) == 5
     np.testing.assert_array_equal(np.asarray(Image.open(files[0])), task.query.images[0])
+    with Image.open(tmp_path / "task.png") as picture:
+        assert picture.size == (2 * 32, 5 * 32)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_the_command(capsys, tmp_path, network):
     assert 0 <= found["accuracy_before"] <= 1
     assert 0 <= found["accuracy_after"] <= 1
     assert found["arena_high_water_bytes"] <= found["planned_peak_bytes"]
-    assert len(list(images.rglob("*.png"))) == 125
+    assert len(list(images.rglob("*.png"))) == 126
     assert Network.load(out).classes == CLASSES
 
     assert main(arguments) == 0

@@ -6,6 +6,7 @@ that adaptation works, and says nothing about photographs.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .images import LabelledImages
+from .network import write_atomically
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -71,9 +73,11 @@ def draw(name: str, size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
 
     shape, colours = _THINGS[name]
     colour = np.array(colours[rng.integers(len(colours))]) + rng.normal(0, 20, 3)
-    side = size * SUPERSAMPLING
-    image = Image.fromarray(_background(side, rng))
-    _paint(ImageDraw.Draw(image), side, shape(rng), colour, rng)
+    # Only the thing has edges that need more pixels than there will be.
+    image = Image.fromarray(
+        _background(size, rng).repeat(SUPERSAMPLING, 0).repeat(SUPERSAMPLING, 1)
+    )
+    _paint(ImageDraw.Draw(image), image.width, shape(rng), colour, rng)
     picture = np.asarray(image.resize((size, size), Image.Resampling.BOX), np.float64)
     light, grain = rng.uniform(0.7, 1.1), rng.normal(0, 3, picture.shape)
     pixels: NDArray[np.uint8] = np.clip(picture * light + grain, 0, 255).astype(np.uint8)
@@ -81,17 +85,31 @@ def draw(name: str, size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def save_images(task: DemoTask, directory: str | os.PathLike[str]) -> None:
-    """Writes the drawings as DIRECTORY/{support,query}/CLASS/NUMBER.png, for people to look at.
+    """Writes the drawings for people to look at: DIRECTORY/{support,query}/CLASS/NUMBER.png, and
+    DIRECTORY/task.png, one row a class, its support images left of as many of its query images.
 
     Raises OSError when a folder or file cannot be written.
     """
-    from PIL import Image
-
+    root = Path(directory)
     for part, images in (("support", task.support), ("query", task.query)):
         for number, (image, label) in enumerate(zip(images.images, images.labels, strict=True)):
-            folder = Path(directory) / part / images.classes[label]
+            folder = root / part / images.classes[label]
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(folder / f"{number:03}.png")
+            _save_png(folder / f"{number:03}.png", image)
+    rows = []
+    for label in range(len(task.support.classes)):
+        shown = task.support.images[task.support.labels == label]
+        others = task.query.images[task.query.labels == label][: len(shown)]
+        rows.append(np.concatenate([*shown, *others], axis=1))
+    _save_png(root / "task.png", np.concatenate(rows))
+
+
+def _save_png(path: Path, image: NDArray[np.uint8]) -> None:
+    from PIL import Image
+
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, "PNG")
+    write_atomically(path, encoded.getvalue())
 
 
 def _paint(
