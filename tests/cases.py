@@ -1,18 +1,21 @@
 """The convolutions that tests and benchmarks run: one table.
 
 Every distinct layer shape of the paper's three networks, and awkward tails: odd maps, channel
-counts that fill no vector, kernels larger than the map, no padding.
+counts that fill no vector, kernels larger than the map, no padding. TINYTRAIN_TEST_CASES=few leaves
+one case of each kind (see few), for an emulated CPU.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinytrain_ext.architectures import ARCHITECTURES, operations
 from tinytrain_ext.network import tensor_shapes
 
-__all__ = ["CASES", "NETWORK_CASES", "TAIL_CASES", "ConvCase"]
+__all__ = ["CASES", "NETWORK_CASES", "TAIL_CASES", "ConvCase", "few"]
 
 _INPUT_SIZE = 128
 
@@ -121,6 +124,26 @@ def _tail_cases() -> list[ConvCase]:
     return list(dict.fromkeys(cases))
 
 
+def few(cases: Sequence[ConvCase]) -> list[ConvCase]:
+    """The least work of each kind: every kernel, stride and padding that `cases` has, on maps that
+    fill whole tiles of whole vectors and on maps that do not.
+    """
+    chosen: dict[tuple[object, ...], ConvCase] = {}
+    for case in sorted(cases, key=lambda case: case.macs):
+        whole = case.in_channels % 8 == case.out_channels % 8 == case.width % 4 == 0
+        tiles = whole and case.width > 8  # more than one tile of a row
+        key = (case.kind, case.kernel, case.stride, case.padding > 0, whole, tiles)
+        chosen.setdefault(key, case)
+    return [case for case in cases if case in chosen.values()]
+
+
 NETWORK_CASES = tuple(_network_cases())
 TAIL_CASES = tuple(case for case in _tail_cases() if case not in NETWORK_CASES)
+match os.environ.get("TINYTRAIN_TEST_CASES", "all"):
+    case "all":
+        pass
+    case "few":
+        NETWORK_CASES, TAIL_CASES = tuple(few(NETWORK_CASES)), tuple(few(TAIL_CASES))
+    case unknown:
+        raise ValueError(f"TINYTRAIN_TEST_CASES: expected all or few, got {unknown!r}")
 CASES = NETWORK_CASES + TAIL_CASES

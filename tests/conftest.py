@@ -1,4 +1,11 @@
-"""Fixtures shared by the tests; those that need files from outside skip where there are none."""
+"""Fixtures shared by the tests; those that need files from outside skip where there are none.
+
+Environment:
+    TINYTRAIN_WEIGHTS: folder of the int8 release files.
+    TINYTRAIN_DATA: folder of unpacked image sets, laid out as SET/CLASS/IMAGE.
+    TINYTRAIN_TEST_CASES: "all" (default), or "few" for an emulated CPU: the kernel tests then run
+        one case, that of least work, for every kind of case (cases.py).
+"""
 
 import os
 from pathlib import Path
