@@ -29,3 +29,9 @@ if ! LD_LIBRARY_PATH=/usr/aarch64-linux-gnu/lib auditwheel repair --wheel-dir "$
   exit 1
 fi
 "$work/tools/bin/python" "$project/tools/check_wheel.py" --machine aarch64 --python "$python" "$work"/wheels/*.whl
+prefix=
+if [ "$(uname -m)" != aarch64 ]; then prefix=aarch64-linux-gnu-; fi
+# The objects, and the module with what the linker added to them.
+for built in "$work/build-$python" "$work/build-$python"/_core*.so; do
+  "$work/tools/bin/python" "$project/tools/isa_gate.py" --prefix "$prefix" "$built"
+done
