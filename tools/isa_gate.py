@@ -3,10 +3,10 @@
 Looks at the object files of a build folder. Those of a vector instruction set (in a folder
 `isa_NAME.dir`, or a file `isa/NAME*`) may use it; all others must stay within the baseline:
 ARMv8.0-A on aarch64 (no LSE atomics, dot products, half precision, SVE, ...), SSE2 on x86-64. Each
-instruction, disassembled, is handed to an assembler that is told to know nothing newer: what it refuses is
-reported. No object of an instruction set, scalar included, may hold a weak symbol: the linker could
-keep its copy of an inline function for everybody. A linked module may be given too; it counts as
-common code.
+instruction, disassembled, is handed to an assembler that is told to know nothing newer: what it
+refuses is reported. No object of an instruction set, scalar included, may hold a weak symbol: the
+linker could keep its copy of an inline function for everybody. A linked module may be given too; it
+counts as common code.
 """
 
 from __future__ import annotations
