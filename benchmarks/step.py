@@ -84,7 +84,7 @@ class TorchNetwork(nn.Module):
             if batch_norm:
                 norm = nn.BatchNorm2d(op.out_channels)
                 norm.bias.data = bias
-                norm.running_var.fill_(1 - norm.eps)
+                norm.running_var = torch.full((op.out_channels,), 1 - norm.eps)
                 self.norms.append(norm.requires_grad_(False))
             else:
                 assert conv.bias is not None
@@ -152,11 +152,12 @@ class TorchJob:
 
     def forward(self) -> torch.Tensor:
         with torch.no_grad():
-            return self.model(self.x)
+            features: torch.Tensor = self.model(self.x)
+        return features
 
     def gradients(self) -> None:
         logits = SCALE * F.normalize(self.model(self.x), dim=1) @ self.prototypes.T
-        F.cross_entropy(logits, self.labels).backward()
+        torch.autograd.backward(F.cross_entropy(logits, self.labels))
 
     def step(self) -> None:
         assert self.optimizer is not None
