@@ -72,3 +72,15 @@ def test_the_command(capsys, tmp_path, network):
     assert text.startswith("The task is drawn by this program (no photographs): cup, fish")
     for part in ("before", "after", "layer", "channels", "planned", "measured", "time"):
         assert part in text
+
+
+def test_the_embedded_network_learns_the_task(capsys):
+    before, after = [], []
+    for seed in (0, 1):
+        assert main(["demo", "--seed", str(seed), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        before.append(found["accuracy_before"])
+        after.append(found["accuracy_after"])
+        assert found["planned_peak_bytes"] == found["arena_high_water_bytes"] <= 1 << 20
+    assert 0.3 < np.mean(before) < 0.9
+    assert np.mean(after) > np.mean(before) + 0.08

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import tinytrain_ext
 from tinytrain_ext import _core
+from tinytrain_ext.demo import draw_task, save_images
 
 ROOT = Path(tinytrain_ext.__file__).parent
 
@@ -130,3 +133,19 @@ def test_the_stub_tells_the_truth_about_the_engine():
 def test_what_is_installed_with_the_modules():
     assert (ROOT / "py.typed").is_file()
     assert (ROOT / "_core.pyi").is_file()
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 3
+    task = draw_task(128, shots=2, queries=1)
+    save_images(task, tmp_path)
+    (tmp_path / "support").rename(tmp_path / "photos")
+    Image.fromarray(task.query.images[0]).save(tmp_path / "new.jpg")
+    monkeypatch.chdir(tmp_path)
+    names = {"grad_features": np.ones((10, 160), np.float32)}
+    exec("\n".join(blocks), names)
+    assert "peak of the arena" in capsys.readouterr().out
+    assert len(names["found"].labels) == 1
+    assert tinytrain_ext.Network.load("fruit.safetensors").classes == task.support.classes
