@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["adaptation", "classify", "imported", "profile", "size_text"]
+__all__ = ["adaptation", "classify", "imported", "percent_text", "profile", "size_text"]
 
 Document = dict[str, Any]
 
@@ -45,9 +45,11 @@ def adaptation(found: Document) -> str:
         lines += textwrap.wrap(text, 100, subsequent_indent=" " * 13)
     lines.append(
         f"  planned peak {size_text(found['planned_peak_bytes'])}, "
-        f"measured {size_text(found['arena_high_water_bytes'])}; the process grew by "
-        f"{size_text(found['peak_resident_growth_bytes'])} with the network's weights "
-        f"({size_text(found['resident_weight_bytes'])})"
+        f"measured {size_text(found['arena_high_water_bytes'])}"
+    )
+    lines.append(
+        f"  the process grew by {size_text(found['peak_resident_growth_bytes'])}, of which the "
+        f"weights as kernels read them are {size_text(found['resident_weight_bytes'])}"
     )
     phases = ", ".join(f"{name.replace('_', '-')} {value:.2f} s" for name, value in seconds.items())
     lines.append(f"time         {phases}")
@@ -92,18 +94,8 @@ def profile(found: Document) -> str:
                 size_text(row["saved_bytes"]),
             )
         )
-    rows.append(
-        (
-            "all",
-            "",
-            "",
-            "",
-            "",
-            f"{total['weights']:,}",
-            f"{total['macs']:,}",
-            size_text(total["saved_bytes"]),
-        )
-    )
+    weights, macs, saved = f"{total['weights']:,}", f"{total['macs']:,}", total["saved_bytes"]
+    rows.append(("all", "", "", "", "", weights, macs, size_text(saved)))
     methods = [("method", "layers", "weights", "paper", "planner", "backward MACs", "of FullTrain")]
     for row in found["methods"]:
         methods.append(
@@ -172,10 +164,12 @@ def _ranges(channels: Sequence[int]) -> str:
 
 
 def size_text(size: int) -> str:
+    """Bytes as "512.0 KiB" or "1.00 MiB"."""
     if abs(size) >= 1 << 20:
         return f"{size / (1 << 20):.2f} MiB"
     return f"{size / 1024:.1f} KiB"
 
 
 def percent_text(share: float) -> str:
+    """0.125 as "12.5 %"."""
     return f"{100 * share:.1f} %"
