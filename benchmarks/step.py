@@ -33,6 +33,7 @@ import tinytrain_ext as tt
 from tinytrain_ext import _core
 from tinytrain_ext.architectures import ARCHITECTURES, random_network
 from tinytrain_ext.cost import inspected_layers, profile
+from tinytrain_ext.session import plan
 
 SCALE = 10.0
 WAYS = 5
@@ -44,6 +45,12 @@ TT_POLICIES = {
     "mcunet": ((30, 2), (31, 2), (33, 4), (36, 4), (39, 4)),
     "proxylessnas": ((48, 2), (49, 2), (51, 4), (54, 4), (57, 4)),
 }
+
+
+def zoo_network(name: str) -> tt.Network:
+    """The network the paper's cost tables count, with random weights."""
+    rng = np.random.default_rng(0)
+    return random_network(ARCHITECTURES[name], rng, feature_mix=name != "mcunet")
 
 
 def tt_policy(name: str, network: tt.Network) -> tt.UpdatePolicy:
@@ -248,9 +255,7 @@ def check(network: tt.Network, policy: tt.UpdatePolicy) -> float:
 
 def measure(name: str, batch: int, rounds: int) -> list[dict[str, Any]]:
     """Rows of one network and batch size."""
-    network = random_network(
-        ARCHITECTURES[name], np.random.default_rng(0), feature_mix=name != "mcunet"
-    )
+    network = zoo_network(name)
     task = Task(network, batch)
     tt_layers = tt_policy(name, network)
     # Weights only: the torch columns train no biases either.
@@ -378,6 +383,13 @@ def main() -> int:
         if row["over_plain_backward"] is not None:
             extra = 100 * (row["over_plain_backward"] - 1)
             print(f"B {row['batch']}: Fisher sums add {extra:.1f} % to the same backward")
+    network = zoo_network(arguments.network)
+    for optimizer in ("sgd", "momentum", "adam"):
+        policy = tt_policy(arguments.network, network)
+        peak = plan(network, policy, optimizer=optimizer, max_ways=WAYS).peak_bytes
+        print(
+            f"training memory of the TT policy, {optimizer}: {peak / (1 << 20):.3f} MiB, any batch"
+        )
     print(f"largest difference to torch: {max(r['largest_difference'] for r in rows):.1e}")
     if arguments.json:
         with arguments.json.open("a") as out:
