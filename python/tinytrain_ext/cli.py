@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ import numpy as np
 
 from . import report
 from .adapt import AdaptResult, adapt, classify
-from .cost import LayerCost, Profile, inspected_layers, profile
+from .cost import Profile, inspected_layers, profile
 from .demo import draw_task, save_images
 from .errors import BudgetExceeded, ImageError, NonFiniteError
 from .images import LabelledImages, load_folder, load_images
@@ -180,7 +180,7 @@ def run_profile(args: argparse.Namespace) -> Document:
         "network": network.name,
         "input_size": network.input_size,
         "feature_dim": network.feature_dim,
-        "layers": [_layer_row(row) for row in costs.layers],
+        "layers": [{**asdict(row), "saved_bytes": row.saved_bytes} for row in costs.layers],
         "total": {
             "weights": costs.weights,
             "macs": costs.forward_macs,
@@ -316,21 +316,6 @@ def _relabelled(query: LabelledImages, classes: tuple[str, ...]) -> LabelledImag
 def _accuracy(result: AdaptResult, query: LabelledImages, threads: int) -> float:
     table = result.classify(query.images, threads=threads).table
     return float((table.argmax(axis=1) == query.labels).mean())
-
-
-def _layer_row(row: LayerCost) -> Document:
-    return {
-        "layer": row.layer,
-        "kind": row.kind,
-        "block": row.block,
-        "in_channels": row.in_channels,
-        "out_channels": row.out_channels,
-        "kernel": row.kernel,
-        "stride": row.stride,
-        "weights": row.weights,
-        "macs": row.macs,
-        "saved_bytes": row.saved_bytes,
-    }
 
 
 def _method_row(
