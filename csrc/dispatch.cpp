@@ -5,13 +5,24 @@
 
 namespace tinytrain {
 
-const Kernels<float>* scalar_kernels();
-const Kernels<double>* exact_kernels();
+// csrc/isa/table.cpp, compiled once for each.
+namespace scalar {
+Kernels<float> kernels();
+}
+namespace exact {
+Kernels<double> kernels();
+}
 #if defined(__x86_64__)
-const Kernels<float>* avx2_kernels();
-const Kernels<float>* avx512_kernels();
+namespace avx2 {
+Kernels<float> kernels();
+}
+namespace avx512 {
+Kernels<float> kernels();
+}
 #elif defined(__aarch64__)
-const Kernels<float>* neon_kernels();
+namespace neon {
+Kernels<float> kernels();
+}
 #endif
 
 namespace {
@@ -20,16 +31,22 @@ std::vector<const Kernels<float>*> usable() {
   std::vector<const Kernels<float>*> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    found.push_back(avx512_kernels());
+    static const Kernels<float> table = avx512::kernels();
+    found.push_back(&table);
   }
-  if (avx2) found.push_back(avx2_kernels());
+  if (has_avx2) {
+    static const Kernels<float> table = avx2::kernels();
+    found.push_back(&table);
+  }
 #elif defined(__aarch64__)
-  found.push_back(neon_kernels());  // Advanced SIMD is part of ARMv8.0-A: nothing to ask the CPU
+  static const Kernels<float> neon_table = neon::kernels();  // part of ARMv8.0-A: nothing to ask the CPU
+  found.push_back(&neon_table);
 #endif
-  found.push_back(scalar_kernels());
+  static const Kernels<float> scalar_table = scalar::kernels();
+  found.push_back(&scalar_table);
   return found;
 }
 
@@ -56,6 +73,9 @@ const Kernels<float>& kernels_f32(const std::string& isa) {
   return choose(wanted ? wanted : "", "TINYTRAIN_ISA");
 }
 
-const Kernels<double>& kernels_f64() { return *exact_kernels(); }
+const Kernels<double>& kernels_f64() {
+  static const Kernels<double> table = exact::kernels();
+  return table;
+}
 
 }  // namespace tinytrain

@@ -80,16 +80,22 @@ def test_the_gate_bites(tmp_path, toolchain):
         assert fault.startswith("kernel: beyond the baseline: "), instruction
         mnemonic = instruction.split()[0]
         assert mnemonic in fault
-        scalar = assemble(tmp_path / "isa" / "scalar.cpp.o", toolchain, instruction)
+        scalar = assemble(tmp_path / "isa_scalar.dir" / "pointwise.cpp.o", toolchain, instruction)
         assert isa_gate.faults(scalar, prefix) != [], "the scalar kernels are common code too"
-        vector = assemble(tmp_path / "isa" / "avx2.cpp.o", toolchain, instruction)
+        vector = assemble(
+            tmp_path / "isa_avx2_k3.dir" / "depthwise_forward.cpp.o", toolchain, instruction
+        )
         assert isa_gate.faults(vector, prefix) == []
 
 
 @pytest.mark.parametrize("toolchain", TOOLCHAINS)
 def test_no_weak_symbol_in_an_object_of_an_instruction_set(tmp_path, toolchain):
     _, prefix = toolchain
-    for name in ("isa/avx2.cpp.o", "isa/scalar.cpp.o", "isa_neon.dir/csrc/isa/depthwise3.cpp.o"):
+    for name in (
+        "isa_avx2_k3.dir/depthwise.cpp.o",
+        "isa_scalar.dir/table.cpp.o",
+        "isa_neon.dir/table.cpp.o",
+    ):
         kernel = assemble(tmp_path / name, toolchain, symbol=".weak")
         assert isa_gate.faults(kernel, prefix) == ["weak symbol kernel"]
     common = assemble(tmp_path / "core.dir" / "plan.cpp.o", toolchain, symbol=".weak")
@@ -103,7 +109,7 @@ def test_a_folder_without_kernels_is_no_build(tmp_path, toolchain, monkeypatch, 
     assert isa_gate.main() == 1
     assemble(tmp_path / "core.dir" / "plan.cpp.o", toolchain, BASELINE[machine])
     assert isa_gate.main() == 1
-    assemble(tmp_path / "isa" / "scalar.cpp.o", toolchain, BASELINE[machine])
+    assemble(tmp_path / "isa_scalar.dir" / "pointwise.cpp.o", toolchain, BASELINE[machine])
     capsys.readouterr()
     assert isa_gate.main() == 0
     assert capsys.readouterr().out == "2 object files sound; instruction sets: scalar\n"

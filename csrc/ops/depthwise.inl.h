@@ -3,33 +3,8 @@
 // A tile is P output pixels of one vector of channels. Which taps fall outside the row is known at compile time: a row is cut
 // into tiles that touch the left border, the right border, both or none, so borders need neither padded copies nor
 // branches, and a 7 x 7 kernel on a 4 x 4 map costs its 16 useful taps instead of 49. Each input value is loaded once a
-// kernel row and used for every output it reaches. Odd shapes go pixel by pixel through depthwise_pixel.
+// kernel row and used for every output it reaches. Odd shapes go through depthwise_general.inl.h.
 
-// Any shape, one pixel: the taps inside the row by their definition.
-void depthwise_pixel(const Depthwise<T>& d, int x) {
-  const int64_t C = d.channels;
-  const int64_t weight_row = (C + kLanes - 1) / kLanes * kLanes;
-  for (int c = 0; c < C; c += kLanes) {
-    const int count = d.channels - c;
-    V acc{};
-    for (int r = 0; r < d.row_count; ++r) {
-      const T* weights = d.weights + static_cast<int64_t>(d.taps[r]) * d.kernel * weight_row + c;
-      for (int j = 0; j < d.kernel; ++j) {
-        int column = x * d.stride + j - d.padding;
-        if (d.transposed) {
-          column = x + d.padding - j;
-          if (column % d.stride != 0) continue;
-          column /= d.stride;
-        }
-        if (column < 0 || column >= d.width_in) continue;
-        acc += load_up_to(d.rows[r] + column * C + c, count) * load(weights + j * weight_row);
-      }
-    }
-    finish_tile(d.epilogue, &acc, x, 1, c, 1, d.channels);
-  }
-}
-
-#if !defined(TT_SCALAR)
 // Output pixel of a tile that input column `column` (both relative to the tile's first) reaches through tap `tap`; -1 if none.
 template <int K, int S, bool kTransposed>
 constexpr int tap_output(int column, int tap) {
@@ -119,29 +94,15 @@ bool depthwise_row(const Depthwise<T>& d) {
   return true;
 }
 
-template <int K>
-bool depthwise_kernel(const Depthwise<T>& d) {
-  if (d.stride == 1) return d.transposed ? depthwise_row<K, 1, true>(d) : depthwise_row<K, 1, false>(d);
-  if (d.stride == 2) return d.transposed ? depthwise_row<K, 2, true>(d) : depthwise_row<K, 2, false>(d);
+template <int K, bool kTransposed>
+bool depthwise_rows(const Depthwise<T>& d) {
+  if (d.stride == 1) return depthwise_row<K, 1, kTransposed>(d);
+  if (d.stride == 2) return depthwise_row<K, 2, kTransposed>(d);
   return false;
-}
-
-#endif  // TT_SCALAR
-
-void depthwise(const Depthwise<T>& d) {
-  bool done = false;
-#if !defined(TT_SCALAR)
-  if (d.kernel == 3) done = depthwise_kernel<3>(d);
-  if (d.kernel == 5) done = depthwise_kernel<5>(d);
-  if (d.kernel == 7) done = depthwise_kernel<7>(d);
-#endif
-  if (done) return;
-  for (int x = 0; x < d.width_out; ++x) depthwise_pixel(d, x);
 }
 
 // ---- grad_weight: the sums of R kernel rows x K taps live in registers while the whole image streams past ----
 
-#if !defined(TT_SCALAR)
 template <int K, int S, int R, bool kLeft, bool kRight>
 TT_INLINE void depthwise_grad_tile(const T* grad_output, const T* const* inputs, int64_t stride, Part part, V (&acc)[R][K]) {
   constexpr int P = 4, kPadding = (K - 1) / 2;
@@ -233,41 +194,12 @@ bool depthwise_grad_kernel(const DepthwiseGradWeight<T>& d, int c) {
   return true;
 }
 
+template <int K>
 bool depthwise_grad_vector(const DepthwiseGradWeight<T>& d, int c) {
   const bool regular = d.width_in == d.width_out * d.stride && d.width_out % 4 == 0 && d.padding == (d.kernel - 1) / 2 &&
                        (kLoadsParts || c + kLanes <= d.selected);
-  if (!regular || (d.stride != 1 && d.stride != 2)) return false;
-  if (d.kernel == 3) return d.stride == 1 ? depthwise_grad_kernel<3, 1>(d, c) : depthwise_grad_kernel<3, 2>(d, c);
-  if (d.kernel == 5) return d.stride == 1 ? depthwise_grad_kernel<5, 1>(d, c) : depthwise_grad_kernel<5, 2>(d, c);
-  if (d.kernel == 7) return d.stride == 1 ? depthwise_grad_kernel<7, 1>(d, c) : depthwise_grad_kernel<7, 2>(d, c);
+  if (!regular) return false;
+  if (d.stride == 1) return depthwise_grad_kernel<K, 1>(d, c);
+  if (d.stride == 2) return depthwise_grad_kernel<K, 2>(d, c);
   return false;
-}
-
-#else
-bool depthwise_grad_vector(const DepthwiseGradWeight<T>&, int) { return false; }
-#endif  // TT_SCALAR
-
-void depthwise_grad_weight(const DepthwiseGradWeight<T>& d) {
-  const int64_t C = d.selected;
-  for (int c = 0; c < d.selected; c += kLanes) {
-    if (depthwise_grad_vector(d, c)) continue;
-    const int count = d.selected - c;
-    for (int ky = 0; ky < d.kernel; ++ky) {
-      for (int kx = 0; kx < d.kernel; ++kx) {
-        V acc{};
-        for (int oy = 0; oy < d.height_out; ++oy) {
-          const int iy = oy * d.stride + ky - d.padding;
-          if (iy < 0 || iy >= d.height_in) continue;
-          for (int ox = 0; ox < d.width_out; ++ox) {
-            const int ix = ox * d.stride + kx - d.padding;
-            if (ix < 0 || ix >= d.width_in) continue;
-            acc += load_up_to(d.grad_output + (static_cast<int64_t>(oy) * d.width_out + ox) * C + c, count) *
-                   load_up_to(d.input + (static_cast<int64_t>(iy) * d.width_in + ix) * C + c, count);
-          }
-        }
-        T* out = d.grad + static_cast<int64_t>(ky * d.kernel + kx) * C + c;
-        store_up_to(out, load_up_to(out, count) + acc, count);
-      }
-    }
-  }
 }
