@@ -4,7 +4,9 @@ Environment:
     TINYTRAIN_WEIGHTS: folder of the int8 release files.
     TINYTRAIN_DATA: folder of unpacked image sets, laid out as SET/CLASS/IMAGE.
     TINYTRAIN_TEST_CASES: "all" (default), or "few" for an emulated CPU: the kernel tests then run
-        one case, that of least work, for every kind of case (cases.py).
+        one case, that of least work, for every kind of case (cases.py), and the tests of whole
+        passes and plans run on one network, MCUNet, which has every kind of layer. pytest counts
+        what that leaves out as deselected.
 """
 
 import os
@@ -27,6 +29,23 @@ def _directory(variable: str, content: str) -> Path:
     if not value:
         pytest.skip(f"{variable} is not set: it names the folder of {content}")
     return Path(value)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("TINYTRAIN_TEST_CASES", "all") != "few":
+        return
+    others = RELEASE_FILES.keys() - {"mcunet"}
+    left_out = [
+        item
+        for item in items
+        if item.path.name in {"test_session.py", "test_plan.py"}
+        and isinstance(item, pytest.Function)
+        and hasattr(item, "callspec")
+        and others.intersection(item.callspec.id.split("-"))
+    ]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
