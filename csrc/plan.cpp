@@ -550,7 +550,6 @@ class Builder {
     plan_.fisher = shared("Fisher sums", "fisher", plan_.fisher_count * plan_.value_bytes);
     plan_.prototypes =
         shared("prototypes", "feature", static_cast<int64_t>(plan_.max_ways) * graph_.features() * plan_.value_bytes);
-    plan_.class_counts = shared("images per class", "feature", plan_.max_ways * static_cast<int64_t>(sizeof(int32_t)));
     if (plan_.embed.cut_slot < 0) plan_.keep_images = 0;  // no prefix, nothing to keep
     if (plan_.keep_images > 0) {
       plan_.kept = shared("kept prefix outputs", "kept prefix", plan_.keep_images * plan_.embed.slots[plan_.embed.cut_slot].bytes);

@@ -124,7 +124,7 @@ struct Plan {
   std::vector<char> needs_grad;  // per tensor
 
   std::vector<Slot> shared;
-  int gradient = -1, first_moment = -1, second_moment = -1, fisher = -1, prototypes = -1, class_counts = -1, kept = -1;
+  int gradient = -1, first_moment = -1, second_moment = -1, fisher = -1, prototypes = -1, kept = -1;
   Program embed, train;  // train.steps is empty if nothing is updated or inspected
   int64_t shared_bytes = 0, workspace_stride = 0, workspace_bytes = 0;
   int64_t peak_bytes = 0;

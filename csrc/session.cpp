@@ -76,7 +76,6 @@ Session<T>::Session(const Graph& graph, const std::vector<LayerValues>& layers, 
   second_moment_ = shared(plan_.second_moment);
   fisher_ = shared(plan_.fisher);
   prototypes_ = shared(plan_.prototypes);
-  class_counts_ = reinterpret_cast<int32_t*>(shared(plan_.class_counts));
   kept_ = reinterpret_cast<char*>(shared(plan_.kept));
   kept_labels_.resize(plan_.keep_images);
   for (int t = 0; t < plan_.threads; ++t) {
@@ -253,7 +252,6 @@ void Session<T>::run_pass(Pass& pass) {
   pass.session = this;
   if (pass.sum_prototypes) {
     std::memset(prototypes_, 0, static_cast<size_t>(ways_) * graph_.features() * sizeof(T));
-    std::memset(class_counts_, 0, static_cast<size_t>(ways_) * sizeof(int32_t));
   }
   turnstile_.reset();
   const int workers = static_cast<int>(std::min<int64_t>(plan_.threads, std::max<int64_t>(pass.count, 1)));
@@ -318,7 +316,6 @@ void Session<T>::collect(Worker& worker, Pass& pass, const Program& program, int
   turnstile_.pass(image, [&] {
     if (pass.sum_prototypes) {
       kernels_.accumulate(feature, m, prototypes_ + pass.labels[image] * m);
-      ++class_counts_[pass.labels[image]];
       return;
     }
     pass.result.loss_sum += worker.loss;

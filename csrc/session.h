@@ -107,7 +107,6 @@ class Session {
   std::vector<Convolution<T>> layers_;
   AlignedArray<char> arena_;
   T *gradient_ = nullptr, *first_moment_ = nullptr, *second_moment_ = nullptr, *fisher_ = nullptr, *prototypes_ = nullptr;
-  int32_t* class_counts_ = nullptr;
   char* kept_ = nullptr;
   std::vector<int64_t> kept_labels_;
   int64_t kept_images_ = 0;
