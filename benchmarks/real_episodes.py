@@ -5,8 +5,9 @@
 For each imported network and test domain (traffic signs, Omniglot's evaluation alphabets, flowers):
 5 to 20 ways, 3 to 10 shots, up to 9 queries a class from the remaining images (traffic signs: from
 other tracks), adapted by `tinytrain_ext.adapt` within 1 MiB and 15 %. Same episodes for every
-network. Nothing is chosen on these domains. One JSON line an episode in --out, which a second run
-continues; a table at the end.
+network. Nothing is chosen on these domains: --domains clothing grocery sign_digits are there for
+that. --views compares fresh pseudo-queries (0) with fixed sets of so many cached views. One JSON
+line an episode in --out, which a second run continues; a table at the end.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import sys
 import time
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,16 @@ from numpy.typing import NDArray
 import tinytrain_ext as tt
 from tinytrain_ext.images import load_image
 from tinytrain_ext.importers import import_int8
+from tinytrain_ext.views import Views
 
 NETWORKS = {"mcunet": "mcunet-5fps", "mobilenetv2": "mbv2-w0.35", "proxylessnas": "proxyless-w0.3"}
 DOMAINS = ("traffic_sign", "omniglot", "vgg_flower")
+MAX_SHOTS = 10
+VALIDATION_DOMAINS = ("clothing", "grocery", "sign_digits")
 
 
 def test_classes(data: Path, domain: str) -> dict[str, list[Path]]:
-    """{class: images} of a domain's test split."""
+    """{class: images} of a domain's test split; of a validation domain, all with enough images."""
     folders = {path.name: path for path in sorted((data / domain).iterdir()) if path.is_dir()}
     splits = data / "_splits"
     if domain == "vgg_flower":
@@ -41,7 +46,10 @@ def test_classes(data: Path, domain: str) -> dict[str, list[Path]]:
     elif domain == "omniglot":
         halves = json.loads((splits / "omniglot" / "background_evaluation.json").read_text())
         folders = {n: p for n, p in folders.items() if halves[n] == "evaluation"}
-    return {name: sorted(path.iterdir()) for name, path in folders.items()}
+    classes = {name: sorted(path.iterdir()) for name, path in folders.items()}
+    if domain in VALIDATION_DOMAINS:
+        classes = {n: paths for n, paths in classes.items() if len(paths) > MAX_SHOTS}
+    return classes
 
 
 def sample(
@@ -49,7 +57,7 @@ def sample(
 ) -> tuple[list[list[Path]], list[list[Path]]]:
     """Support and query images of one episode, by class; disjoint (and by track)."""
     ways = int(rng.integers(5, min(20, len(classes)) + 1))
-    shots = int(rng.integers(3, 11))
+    shots = int(rng.integers(3, MAX_SHOTS + 1))
     support, query = [], []
     for name in rng.choice(sorted(classes), ways, replace=False):
         paths = classes[str(name)]
@@ -99,7 +107,7 @@ def run_episode(
     network: tt.Network, domain: str, data: Path, episode: int, budget: tt.Budget, **options: Any
 ) -> dict[str, Any]:
     """One row: accuracy before and after, sizes, what was selected, seconds."""
-    rng = np.random.default_rng([DOMAINS.index(domain), episode])
+    rng = np.random.default_rng([(*DOMAINS, *VALIDATION_DOMAINS).index(domain), episode])
     classes = test_classes(data, domain)
     support, query = sample(classes, domain == "traffic_sign", rng)
     images, labels = load(support, network)
@@ -120,6 +128,7 @@ def run_episode(
         "accuracy_after": accuracy(result.network, result.network.prototypes, queries, targets),
         "layers": {layer: len(u.channels) for layer, u in result.policy.layers.items()},
         "peak_bytes": result.peak_bytes,
+        "cache_bytes": result.cache_bytes,
         "cpu_seconds": seconds,
     }
 
@@ -135,9 +144,12 @@ def main() -> int:
     )
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--domains", nargs="+", default=list(DOMAINS), choices=DOMAINS)
+    parser.add_argument(
+        "--domains", nargs="+", default=list(DOMAINS), choices=(*DOMAINS, *VALIDATION_DOMAINS)
+    )
     parser.add_argument("--memory", type=int, default=1 << 20, help="bytes")
     parser.add_argument("--compute", type=float, default=0.15)
+    parser.add_argument("--views", type=int, nargs="+", default=[0], help="0: fresh ones (default)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--out", type=Path, required=True, help="JSON lines; continued if it exists"
@@ -154,31 +166,38 @@ def main() -> int:
         if arguments.out.exists()
         else []
     )
-    done = {(row["network"], row["domain"], row["episode"]) for row in rows}
+    done = {(row["network"], row["domain"], row["episode"], row.get("views", 0)) for row in rows}
     budget = tt.Budget(memory_bytes=arguments.memory, compute=arguments.compute)
     with arguments.out.open("a") as out:
         for name in arguments.networks:
             network = import_int8(weights / f"{NETWORKS[name]}.pkl")
             for domain in arguments.domains:
-                for episode in range(arguments.episodes):
-                    if (name, domain, episode) in done:
+                for episode, views in product(range(arguments.episodes), arguments.views):
+                    if (name, domain, episode, views) in done:
                         continue
-                    row = run_episode(
-                        network, domain, data, episode, budget, threads=arguments.threads
-                    )
-                    rows.append({"network": name, **row})
+                    options = {
+                        "threads": arguments.threads,
+                        "views": Views(views) if views else None,
+                    }
+                    row = run_episode(network, domain, data, episode, budget, **options)
+                    rows.append({"network": name, "views": views, **row})
                     out.write(json.dumps(rows[-1]) + "\n")
                     out.flush()
-    print(f"{'network':<14}{'domain':<14}{'n':>4}  {'before':>13}  {'after':>13}  {'gain':>13}")
-    for name in arguments.networks:
-        for domain in arguments.domains:
-            mine = [r for r in rows if r["network"] == name and r["domain"] == domain]
-            before = [100 * r["accuracy_before"] for r in mine]
-            after = [100 * r["accuracy_after"] for r in mine]
-            cells = [interval(before), interval(after)]
-            cells.append(interval([a - b for a, b in zip(after, before, strict=True)]))
-            text = "  ".join(f"{mean:6.1f} +-{half:4.1f}" for mean, half in cells)
-            print(f"{name:<14}{domain:<14}{len(mine):>4}  {text}")
+    head = f"{'network':<14}{'domain':<14}{'views':>6}{'n':>4}"
+    print(f"{head}  {'before':>13}  {'after':>13}  {'gain':>13}  {'CPU s':>6}")
+    for name, domain, views in product(arguments.networks, arguments.domains, arguments.views):
+        mine = [
+            r
+            for r in rows
+            if (r["network"], r["domain"], r.get("views", 0)) == (name, domain, views)
+        ]
+        before = [100 * r["accuracy_before"] for r in mine]
+        after = [100 * r["accuracy_after"] for r in mine]
+        cells = [interval(before), interval(after)]
+        cells.append(interval([a - b for a, b in zip(after, before, strict=True)]))
+        text = "  ".join(f"{mean:6.1f} +-{half:4.1f}" for mean, half in cells)
+        seconds = np.mean([r["cpu_seconds"] for r in mine])
+        print(f"{name:<14}{domain:<14}{views:>6}{len(mine):>4}  {text}  {seconds:6.2f}")
     return 0
 
 

@@ -185,8 +185,23 @@ class PySession {
   std::string isa() const { return session_->isa(); }
   int64_t resident_weight_bytes() const { return session_->resident_weight_bytes(); }
 
-  Array<T> embed(const py::array& images) {
-    const Images in = view(images, std::nullopt);
+  // Height, width and channels at the cut; zeros without a prefix.
+  std::array<int, 3> prefix_shape() const {
+    const Shape shape = session_->prefix_shape();
+    return {shape.height, shape.width, shape.channels};
+  }
+
+  void prefix(const py::array& images, const std::optional<Array<float>>& augmentation, Array<T>& outputs) {
+    const Images<T> in = view(images, false, augmentation);
+    const Shape shape = session_->prefix_shape();
+    check_shape("out", outputs, {in.count, shape.height, shape.width, shape.channels});
+    T* out = outputs.mutable_data();  // throws where it is read-only
+    const ExclusiveCall call(mutex_);
+    session_->prefix(in, out);
+  }
+
+  Array<T> embed(const py::array& images, bool prefix) {
+    const Images<T> in = view(images, prefix, std::nullopt);
     Array<T> features({in.count, static_cast<int64_t>(graph().features())});
     T* out = features.mutable_data();
     const ExclusiveCall call(mutex_);
@@ -194,8 +209,8 @@ class PySession {
     return features;
   }
 
-  void set_prototypes(const py::array& images, const Array<int64_t>& labels, int ways, bool keep) {
-    const Images in = view(images, std::nullopt);
+  void set_prototypes(const py::array& images, bool prefix, const Array<int64_t>& labels, int ways, bool keep) {
+    const Images<T> in = view(images, prefix, std::nullopt);
     if (ways < 1 || ways > session_->plan().max_ways) {
       throw py::value_error("ways: expected 1 to " + std::to_string(session_->plan().max_ways) + ", got " + std::to_string(ways));
     }
@@ -223,9 +238,9 @@ class PySession {
     return out;
   }
 
-  std::pair<double, int64_t> proto_backward(const py::array& images, const Array<int64_t>& labels,
+  std::pair<double, int64_t> proto_backward(const py::array& images, bool prefix, const Array<int64_t>& labels,
                                             const std::optional<Array<float>>& augmentation, double scale, double weight) {
-    const Images in = view(images, augmentation);
+    const Images<T> in = view(images, prefix, augmentation);
     need_training("proto_backward");
     if (session_->ways() == 0) throw py::value_error("proto_backward: call set_prototypes first");
     check_labels(labels, in.count, session_->ways());
@@ -235,8 +250,9 @@ class PySession {
     return {result.loss_sum, result.correct};
   }
 
-  void backward(const py::array& images, const Array<T>& grad_features, const std::optional<Array<float>>& augmentation) {
-    const Images in = view(images, augmentation);
+  void backward(const py::array& images, bool prefix, const Array<T>& grad_features,
+                const std::optional<Array<float>>& augmentation) {
+    const Images<T> in = view(images, prefix, augmentation);
     need_training("backward");
     check_shape("grad_features", grad_features, {in.count, graph().features()});
     const T* grads = grad_features.data();
@@ -304,10 +320,19 @@ class PySession {
  private:
   const Graph& graph() const { return session_->plan().graph; }
 
-  Images view(const py::array& images, const std::optional<Array<float>>& augmentation) const {
+  Images<T> view(const py::array& images, bool prefix, const std::optional<Array<float>>& augmentation) const {
+    Images<T> in;
+    if (prefix) {
+      const Shape shape = session_->prefix_shape();
+      if (!Array<T>::check_(images)) throw py::type_error("prefix: expected a C-contiguous array of the session's dtype");
+      check_shape("prefix", images, {-1, shape.height, shape.width, shape.channels});
+      if (augmentation) throw py::value_error("augmentation: the prefix has seen the images already");
+      in.prefix = static_cast<const T*>(images.data());
+      in.count = images.shape(0);
+      return in;
+    }
     const int64_t size = graph().image_size;
     check_shape("images", images, {-1, size, size, 3});
-    Images in;
     in.count = images.shape(0);
     if (Array<uint8_t>::check_(images)) {
       in.bytes = static_cast<const uint8_t*>(images.data());
@@ -491,14 +516,18 @@ void bind(py::module_& m, const char* session, const char* convolution) {
       .def("plan", &S::plan)
       .def("isa", &S::isa)
       .def("resident_weight_bytes", &S::resident_weight_bytes)
-      .def("embed", &S::embed, py::arg("images"))
-      .def("set_prototypes", &S::set_prototypes, py::arg("images"), py::arg("labels").noconvert(), py::arg("ways"), py::arg("keep"))
+      .def("prefix_shape", &S::prefix_shape)
+      .def("prefix", &S::prefix, py::arg("images"), py::arg("augmentation").noconvert(), py::arg("out").noconvert())
+      .def("embed", &S::embed, py::arg("images"), py::arg("prefix"))
+      .def("set_prototypes", &S::set_prototypes, py::arg("images"), py::arg("prefix"), py::arg("labels").noconvert(),
+           py::arg("ways"), py::arg("keep"))
       .def("keeps_prefix", &S::keeps_prefix)
       .def("update_prototypes", &S::update_prototypes)
       .def("prototypes", &S::prototypes)
-      .def("proto_backward", &S::proto_backward, py::arg("images"), py::arg("labels").noconvert(),
+      .def("proto_backward", &S::proto_backward, py::arg("images"), py::arg("prefix"), py::arg("labels").noconvert(),
            py::arg("augmentation").noconvert(), py::arg("scale"), py::arg("weight"))
-      .def("backward", &S::backward, py::arg("images"), py::arg("grad_features").noconvert(), py::arg("augmentation").noconvert())
+      .def("backward", &S::backward, py::arg("images"), py::arg("prefix"), py::arg("grad_features").noconvert(),
+           py::arg("augmentation").noconvert())
       .def("zero_grad", &S::zero_grad)
       .def("step", &S::step, py::arg("learning_rate"), py::arg("momentum"))
       .def("gradient", &S::gradient, py::arg("index"))

@@ -30,11 +30,11 @@ template <class T>
 struct Session<T>::Pass {
   Session* session;
   const Program* program;
-  Images images;
-  int64_t count = 0;
+  Images<T> images;
   const int64_t* labels = nullptr;
+  T* prefix = nullptr;    // where to put the prefix's outputs, or null
   T* features = nullptr;  // embed
-  bool sum_prototypes = false, keep = false, from_kept = false;
+  bool sum_prototypes = false;
   const T* feature_gradients = nullptr;  // backward
   double scale = 0, weight = 0;          // proto_backward
   std::atomic<int64_t> next{0};
@@ -76,7 +76,7 @@ Session<T>::Session(const Graph& graph, const std::vector<LayerValues>& layers, 
   second_moment_ = shared(plan_.second_moment);
   fisher_ = shared(plan_.fisher);
   prototypes_ = shared(plan_.prototypes);
-  kept_ = reinterpret_cast<char*>(shared(plan_.kept));
+  kept_ = shared(plan_.kept);
   kept_labels_.resize(plan_.keep_images);
   for (int t = 0; t < plan_.threads; ++t) {
     auto worker = std::make_unique<Worker>();
@@ -174,48 +174,71 @@ void Session<T>::zero_grad() {
 // ---- passes over images ----
 
 template <class T>
-void Session<T>::embed(const Images& images, T* features) {
+void Session<T>::embed(const Images<T>& images, T* features) {
   Pass pass{};
   pass.program = &plan_.embed;
   pass.images = images;
-  pass.count = images.count;
   pass.features = features;
   run_pass(pass);
 }
 
 template <class T>
-void Session<T>::set_prototypes(const Images& images, const int64_t* labels, int ways, bool keep) {
+void Session<T>::prefix(const Images<T>& images, T* outputs) {
   Pass pass{};
   pass.program = &plan_.embed;
   pass.images = images;
-  pass.count = images.count;
+  pass.prefix = outputs;
+  run_pass(pass);
+}
+
+template <class T>
+Shape Session<T>::prefix_shape() const {
+  if (plan_.embed.cut_slot < 0) return {};
+  return graph_.shapes[graph_.ops[plan_.embed.steps[plan_.embed.tail].op].inputs[0]];
+}
+
+template <class T>
+void Session<T>::set_prototypes(const Images<T>& images, const int64_t* labels, int ways, bool keep) {
+  Pass pass{};
+  pass.program = &plan_.embed;
+  pass.images = images;
   pass.labels = labels;
   pass.sum_prototypes = true;
-  pass.keep = keep && images.count <= plan_.keep_images;
   ways_ = ways;
   kept_images_ = 0;
-  if (pass.keep) std::copy(labels, labels + images.count, kept_labels_.begin());
+  keep = keep && !images.prefix && images.count <= plan_.keep_images;
+  if (keep) {
+    prefix(images, kept_);
+    std::copy(labels, labels + images.count, kept_labels_.begin());
+    kept_images_ = images.count;
+    pass.images = kept();
+  }
   run_pass(pass);
-  if (pass.keep) kept_images_ = images.count;
+}
+
+template <class T>
+Images<T> Session<T>::kept() const {
+  Images<T> images;
+  images.prefix = kept_;
+  images.count = kept_images_;
+  return images;
 }
 
 template <class T>
 void Session<T>::update_prototypes() {
   Pass pass{};
   pass.program = &plan_.embed;
-  pass.count = kept_images_;
+  pass.images = kept();
   pass.labels = kept_labels_.data();
   pass.sum_prototypes = true;
-  pass.from_kept = true;
   run_pass(pass);
 }
 
 template <class T>
-ProtoResult Session<T>::proto_backward(const Images& images, const int64_t* labels, double scale, double weight) {
+ProtoResult Session<T>::proto_backward(const Images<T>& images, const int64_t* labels, double scale, double weight) {
   Pass pass{};
   pass.program = &plan_.train;
   pass.images = images;
-  pass.count = images.count;
   pass.labels = labels;
   pass.scale = scale;
   pass.weight = weight;
@@ -228,11 +251,10 @@ ProtoResult Session<T>::proto_backward(const Images& images, const int64_t* labe
 }
 
 template <class T>
-void Session<T>::backward(const Images& images, const T* feature_gradients) {
+void Session<T>::backward(const Images<T>& images, const T* feature_gradients) {
   Pass pass{};
   pass.program = &plan_.train;
   pass.images = images;
-  pass.count = images.count;
   pass.feature_gradients = feature_gradients;
   run_pass(pass);
 }
@@ -242,7 +264,7 @@ void Session<T>::run_worker(void* context, int worker) {
   Pass& pass = *static_cast<Pass*>(context);
   for (;;) {
     const int64_t image = pass.next.fetch_add(1, std::memory_order_relaxed);
-    if (image >= pass.count) return;
+    if (image >= pass.images.count) return;
     pass.session->run_image(*pass.session->workers_[worker], pass, image);
   }
 }
@@ -254,7 +276,7 @@ void Session<T>::run_pass(Pass& pass) {
     std::memset(prototypes_, 0, static_cast<size_t>(ways_) * graph_.features() * sizeof(T));
   }
   turnstile_.reset();
-  const int workers = static_cast<int>(std::min<int64_t>(plan_.threads, std::max<int64_t>(pass.count, 1)));
+  const int workers = static_cast<int>(std::min<int64_t>(plan_.threads, std::max<int64_t>(pass.images.count, 1)));
   pool_->run(workers, &Session<T>::run_worker, &pass);
   if (pass.sum_prototypes) normalise_prototypes();
 }
@@ -284,22 +306,21 @@ void Session<T>::run_image(Worker& worker, Pass& pass, int64_t image) {
   if (program.fisher_image >= 0) {
     std::memset((*worker.slots)[program.fisher_image], 0, static_cast<size_t>(plan_.fisher_count) * sizeof(T));
   }
-  if (pass.keep || pass.from_kept) {
+  const int64_t at = image * prefix_shape().count();
+  if (pass.images.prefix) {
+    // No step behind the cut writes to it: it takes the place of the slot.
     T*& cut = (*worker.slots)[program.cut_slot];
-    const int64_t bytes = program.slots[program.cut_slot].bytes;
     T* const place = cut;
-    T* const kept = reinterpret_cast<T*>(kept_ + image * bytes);
-    if (pass.keep) {
-      prepare_image(worker, pass, image);
-      run_steps(worker, pass, program, 0, program.tail, image);
-      std::memcpy(kept, cut, static_cast<size_t>(bytes));
-    }
-    cut = kept;
+    cut = const_cast<T*>(pass.images.prefix + at);
     run_steps(worker, pass, program, program.tail, steps, image);
     cut = place;
   } else {
     prepare_image(worker, pass, image);
-    run_steps(worker, pass, program, 0, steps, image);
+    run_steps(worker, pass, program, 0, pass.prefix ? program.tail : steps, image);
+    if (pass.prefix) {
+      std::copy_n((*worker.slots)[program.cut_slot], prefix_shape().count(), pass.prefix + at);
+      return;
+    }
   }
   collect(worker, pass, program, image);
 }
@@ -385,7 +406,7 @@ void Session<T>::run_steps(Worker& worker, Pass& pass, const Program& program, i
       char* bytes = worker.workspace + s.offset + s.bytes;
       if (write && s.first == step) std::memset(bytes, kGuard, static_cast<size_t>(plan_.guard_bytes));
       // A pass that starts behind the prefix never entered what lies before it.
-      if (!write && s.last == step && !(pass.from_kept && s.first < from)) {
+      if (!write && s.last == step && s.first >= from) {
         for (int64_t i = 0; i < plan_.guard_bytes; ++i) {
           if (static_cast<unsigned char>(bytes[i]) != kGuard) broken_guard_ = &s;
         }

@@ -26,9 +26,12 @@ struct AugmentationRow {
   float flip, shift_x, shift_y, brightness, saturation, contrast;
 };
 
+// What a pass reads: images, or what the frozen prefix made of them before.
+template <class T>
 struct Images {
   const uint8_t* bytes = nullptr;  // (N, size, size, 3), or
-  const float* values = nullptr;   // the same, already normalised
+  const float* values = nullptr;   // the same, already normalised, or
+  const T* prefix = nullptr;       // (N, height, width, channels) at the cut
   int64_t count = 0;
   const AugmentationRow* augmentation = nullptr;  // (N), or null
 };
@@ -54,9 +57,13 @@ class Session {
   const char* isa() const { return kernels_.isa; }
   int64_t resident_weight_bytes() const;
 
-  void embed(const Images& images, T* features);
+  void embed(const Images<T>& images, T* features);
+  // The frozen prefix's outputs, for later passes over the same images. Only where there is a prefix: prefix_shape().
+  void prefix(const Images<T>& images, T* outputs);
+  // Shape at the cut; 0 channels if nothing comes before it.
+  Shape prefix_shape() const;
   // Class means of the features, L2-normalised. `keep` stores the frozen prefix's outputs for update_prototypes().
-  void set_prototypes(const Images& images, const int64_t* labels, int ways, bool keep);
+  void set_prototypes(const Images<T>& images, const int64_t* labels, int ways, bool keep);
   void update_prototypes();
   bool keeps_prefix() const { return kept_images_ > 0; }
   const T* prototypes() const { return prototypes_; }
@@ -64,9 +71,9 @@ class Session {
 
   // ProtoNet cross-entropy against the prototypes as they are: adds weight * d loss / d w to the gradients, and the images'
   // squared sums to the Fisher sums. `losses` (N) receives each image's loss.
-  ProtoResult proto_backward(const Images& images, const int64_t* labels, double scale, double weight);
+  ProtoResult proto_backward(const Images<T>& images, const int64_t* labels, double scale, double weight);
   // The same with the caller's gradient of each feature (N, m).
-  void backward(const Images& images, const T* feature_gradients);
+  void backward(const Images<T>& images, const T* feature_gradients);
 
   void zero_grad();
   // One step of the optimiser; all or nothing.
@@ -94,6 +101,7 @@ class Session {
   void collect(Worker& worker, Pass& pass, const Program& program, int64_t image);
   void head(Worker& worker, Pass& pass, const Program& program, int64_t image);
   void normalise_prototypes();
+  Images<T> kept() const;
 
   void chain(Worker& worker, const Instruction& step);
   void produce(Worker& worker, const Instruction& step, int link, int until);
@@ -106,8 +114,8 @@ class Session {
   double mean_[3], std_[3];
   std::vector<Convolution<T>> layers_;
   AlignedArray<char> arena_;
-  T *gradient_ = nullptr, *first_moment_ = nullptr, *second_moment_ = nullptr, *fisher_ = nullptr, *prototypes_ = nullptr;
-  char* kept_ = nullptr;
+  T *gradient_ = nullptr, *first_moment_ = nullptr, *second_moment_ = nullptr, *fisher_ = nullptr, *prototypes_ = nullptr,
+    *kept_ = nullptr;
   std::vector<int64_t> kept_labels_;
   int64_t kept_images_ = 0;
   int ways_ = 0;

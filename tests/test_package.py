@@ -24,7 +24,7 @@ LAYERS = [
     {"importers", "images", "protonet", "cost"},
     {"selection", "demo"},
     {"session"},
-    {"fisher"},
+    {"fisher", "views"},
     {"adapt"},
     {"report"},
     {"cli"},

@@ -63,6 +63,7 @@ _HOME = {
     "NonFiniteError": "errors",
     "Session": "session",
     "UpdatePolicy": "selection",
+    "Views": "views",
     "default_network": "network",
     "fisher_information": "fisher",
     "full_train": "selection",

@@ -52,9 +52,21 @@ class _Session(Generic[_T]):
     def plan(self) -> dict[str, Any]: ...
     def isa(self) -> str: ...
     def resident_weight_bytes(self) -> int: ...
-    def embed(self, images: NDArray[Any]) -> NDArray[_T]: ...
+    def prefix_shape(self) -> tuple[int, int, int]: ...
+    def prefix(
+        self,
+        images: NDArray[Any],
+        augmentation: NDArray[np.float32] | None,
+        out: NDArray[_T],
+    ) -> None: ...
+    def embed(self, images: NDArray[Any], prefix: bool) -> NDArray[_T]: ...
     def set_prototypes(
-        self, images: NDArray[Any], labels: NDArray[np.int64], ways: int, keep: bool
+        self,
+        images: NDArray[Any],
+        prefix: bool,
+        labels: NDArray[np.int64],
+        ways: int,
+        keep: bool,
     ) -> None: ...
     def keeps_prefix(self) -> bool: ...
     def update_prototypes(self) -> None: ...
@@ -62,6 +74,7 @@ class _Session(Generic[_T]):
     def proto_backward(
         self,
         images: NDArray[Any],
+        prefix: bool,
         labels: NDArray[np.int64],
         augmentation: NDArray[np.float32] | None,
         scale: float,
@@ -70,6 +83,7 @@ class _Session(Generic[_T]):
     def backward(
         self,
         images: NDArray[Any],
+        prefix: bool,
         grad_features: NDArray[_T],
         augmentation: NDArray[np.float32] | None,
     ) -> None: ...

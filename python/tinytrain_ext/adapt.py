@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from .cost import Profile, inspected_layers, profile
 from .errors import BudgetExceeded
 from .fisher import FisherPass, fisher_pass
-from .images import draw_augmentation
 from .network import Network
 from .protonet import leave_one_out, probabilities, unknown_threshold
 from .selection import Budget, UpdatePolicy, select
+from .views import PseudoQueries, Views
 
 if TYPE_CHECKING:
     from .session import Plan, Session
@@ -58,6 +58,7 @@ class AdaptResult:
     network: with its classes, prototypes and `unknown_below`; policy: what was trained;
     fisher: of the selection, None where the policy was given; plan: the memory plan of
     fine-tuning; arena_high_water: bytes of the engine's arena really touched, over all phases;
+    cache_bytes: beside it, prefix outputs of a fixed set of views;
     timings: seconds for "fisher", "selection", "embed" and "fine_tuning"; history: one entry an
     iteration.
     """
@@ -67,6 +68,7 @@ class AdaptResult:
     fisher: FisherPass | None
     plan: Plan
     arena_high_water: int
+    cache_bytes: int
     timings: dict[str, float]
     history: tuple[Iteration, ...]
 
@@ -93,6 +95,7 @@ def adapt(
     optimizer: str = "adam",
     learning_rate: float | None = None,
     biases: bool = False,
+    views: Views | None = None,
     threads: int = 1,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
@@ -104,6 +107,8 @@ def adapt(
     budget: Budget() by default; with a given `policy`, which replaces Fisher information and
     selection, no limit by default. ratio, biases: see `select`.
     optimizer: "adam", "momentum" or "sgd"; learning_rate: 1e-3, 1e-2 or 1e-1 by default.
+    views: a fixed set of pseudo-query views with a cache of what the frozen prefix makes of them;
+    by default every iteration draws fresh ones, as in the paper.
     progress: called with (phase, done, total). The result depends on seed, not on threads.
 
     Raises BudgetExceeded, naming the smallest budget that would do, before any training starts;
@@ -164,12 +169,13 @@ def adapt(
         session.set_prototypes(images, labels, ways, keep=True)
         # Before training: afterwards the network knows its support photos by heart.
         unknown_below = _unknown_below(session, images, labels, network.logit_scale)
+    queries = PseudoQueries(session, images, rng, views=views, iterations=iterations)
     history: list[Iteration] = []
     with _timed(timings, "fine_tuning"):  # lines 5 and 6
         for iteration in range(iterations if policy.layers or policy.biases else 0):
-            pseudo_query = draw_augmentation(count, network.input_size, rng)
+            view, augmentation = queries.view(iteration)
             loss, correct = session.proto_backward(
-                images, labels, pseudo_query, scale=network.logit_scale
+                view, labels, augmentation, scale=network.logit_scale
             )
             session.step(learning_rate)
             session.zero_grad()
@@ -189,6 +195,7 @@ def adapt(
         fisher=fisher,
         plan=session.plan,
         arena_high_water=max(session.arena_high_water(), fisher.arena_high_water if fisher else 0),
+        cache_bytes=queries.cached_bytes,
         timings=timings,
         history=tuple(history),
     )

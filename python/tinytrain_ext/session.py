@@ -19,7 +19,7 @@ from .images import Augmentation
 from .network import Network
 from .selection import UpdatePolicy
 
-__all__ = ["OPTIMIZERS", "Plan", "PlanSlot", "Session", "plan"]
+__all__ = ["OPTIMIZERS", "Plan", "PlanSlot", "Prefix", "Session", "plan"]
 
 OPTIMIZERS = ("adam", "sgd", "momentum")
 _MOMENTUM = 0.9
@@ -182,6 +182,19 @@ def plan(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What a session's frozen prefix made of N images (`Session.prefix`): serves in their place.
+
+    values: (N, H, W, C) of the session's dtype, C-contiguous; may be a part of a memory map.
+    """
+
+    values: NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
 class Session:
     """A network, what to update and inspect, and the memory to do it in.
 
@@ -217,7 +230,7 @@ class Session:
         self._network = network
         self._policy = policy or UpdatePolicy({})
         self._fisher_layers = tuple(fisher_layers)
-        self._dtype = np.dtype(dtype)
+        self.dtype = np.dtype(dtype)
         core = _core.Session32 if dtype == "float32" else _core.Session64
         self._core = core(
             image_size=network.input_size,
@@ -244,12 +257,42 @@ class Session:
         """Whether the frozen-prefix outputs of the support are kept (see set_prototypes)."""
         return bool(self._core.keeps_prefix())
 
-    def embed(self, images: NDArray[Any]) -> NDArray[Any]:
+    @property
+    def prefix_shape(self) -> tuple[int, int, int] | None:
+        """(H, W, C) of what the frozen prefix makes of an image; None if there is no prefix."""
+        height, width, channels = self._core.prefix_shape()
+        return (height, width, channels) if channels else None
+
+    def prefix(
+        self,
+        images: NDArray[Any],
+        augmentation: Augmentation | None = None,
+        out: NDArray[Any] | None = None,
+    ) -> Prefix:
+        """The frozen prefix's outputs for images (N, H, W, 3), for passes that start behind it.
+
+        They never change: nothing before the first layer with a gradient is trained. out: where to
+        put them, (N, *prefix_shape) of the session's dtype, C-contiguous.
+        Raises ValueError if there is no prefix (`prefix_shape` is None).
+        """
+        shape = self.prefix_shape
+        if shape is None:
+            raise ValueError("prefix: gradients reach the first block, nothing comes before them")
+        if out is None:
+            out = np.empty((len(images), *shape), self.dtype)
+        self._core.prefix(_images(images)[0], _augmentation(augmentation), out)
+        return Prefix(out)
+
+    def embed(self, images: NDArray[Any] | Prefix) -> NDArray[Any]:
         """Features (N, m) of images (N, H, W, 3): uint8, or float32 already normalised."""
-        return np.asarray(self._core.embed(_images(images)))
+        return np.asarray(self._core.embed(*_images(images)))
 
     def set_prototypes(
-        self, images: NDArray[Any], labels: NDArray[np.int64], ways: int, keep: bool = False
+        self,
+        images: NDArray[Any] | Prefix,
+        labels: NDArray[np.int64],
+        ways: int,
+        keep: bool = False,
     ) -> None:
         """Class prototypes from support images (N, H, W, 3) and labels (N,) in [0, ways).
 
@@ -260,7 +303,7 @@ class Session:
         missing = np.setdiff1d(np.arange(min(ways, len(labels) + 1)), labels)
         if missing.size:
             raise ValueError(f"labels: class {missing[0]} of {ways} has no image")
-        self._core.set_prototypes(_images(images), labels, ways, keep)
+        self._core.set_prototypes(*_images(images), labels, ways, keep)
 
     def update_prototypes(self) -> None:
         """The same support's prototypes under the present weights, from the kept prefix outputs."""
@@ -272,7 +315,7 @@ class Session:
 
     def proto_backward(
         self,
-        images: NDArray[Any],
+        images: NDArray[Any] | Prefix,
         labels: NDArray[np.int64],
         augmentation: Augmentation | None = None,
         scale: float = 10.0,
@@ -289,18 +332,17 @@ class Session:
             raise ValueError(f"scale: expected a positive number, got {scale}")
         if loss_weight is not None and not math.isfinite(loss_weight):
             raise ValueError(f"loss_weight: expected a finite number, got {loss_weight}")
-        images = _images(images)
         if len(images) == 0:
             raise ValueError("images: expected at least one")
         weight = 1 / len(images) if loss_weight is None else loss_weight
         loss, correct = self._core.proto_backward(
-            images, _labels(labels), _augmentation(augmentation), scale, weight
+            *_images(images), _labels(labels), _augmentation(augmentation), scale, weight
         )
         return float(loss), int(correct)
 
     def backward(
         self,
-        images: NDArray[Any],
+        images: NDArray[Any] | Prefix,
         grad_features: NDArray[Any],
         augmentation: Augmentation | None = None,
     ) -> None:
@@ -308,11 +350,11 @@ class Session:
 
         grad_features is C-contiguous, of the session's dtype.
         """
-        if grad_features.dtype != self._dtype:
-            raise TypeError(f"grad_features: expected {self._dtype}, got {grad_features.dtype}")
+        if grad_features.dtype != self.dtype:
+            raise TypeError(f"grad_features: expected {self.dtype}, got {grad_features.dtype}")
         if not grad_features.flags.c_contiguous:
             raise TypeError("grad_features: expected a C-contiguous array")
-        self._core.backward(_images(images), grad_features, _augmentation(augmentation))
+        self._core.backward(*_images(images), grad_features, _augmentation(augmentation))
 
     def gradients(self) -> dict[int, NDArray[Any]]:
         """{layer: gradient}: (S, C/groups, k, k) for axis "out", (O, S, k, k) for axis "in"."""
@@ -366,13 +408,16 @@ class Session:
         return str(self._core.broken_guard())
 
 
-def _images(images: NDArray[Any]) -> NDArray[Any]:
+def _images(images: NDArray[Any] | Prefix) -> tuple[NDArray[Any], bool]:
+    """What the core reads, and whether the frozen prefix has seen it already."""
+    if isinstance(images, Prefix):
+        return images.values, True
     if not isinstance(images, np.ndarray) or images.dtype not in (np.uint8, np.float32):
         got = getattr(images, "dtype", type(images).__name__)
         raise TypeError(f"images: expected a uint8 or float32 array, got {got}")
     if not images.flags.c_contiguous:
         raise TypeError("images: expected a C-contiguous array; use numpy.ascontiguousarray")
-    return images
+    return images, False
 
 
 def _labels(labels: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -209,8 +209,9 @@ struct Task {
       augmentation.push_back({static_cast<float>(i % 2), static_cast<float>(i - 3), static_cast<float>(2 - i), 0.1f, 1.3f, 0.8f});
     }
   }
-  Images images(bool augmented = false) const {
-    Images images;
+  template <class T = float>
+  Images<T> images(bool augmented = false) const {
+    Images<T> images;
     images.bytes = bytes.data();
     images.count = kImages;
     if (augmented) images.augmentation = augmentation.data();
@@ -286,6 +287,10 @@ void test_nothing_allocates_after_construction() {
       Session<float> session(network.graph, network.values(), kMean, kStd, request, "");
       std::vector<float> features(static_cast<size_t>(kImages) * network.graph.features());
       const std::vector<float> feature_gradients(features.size(), 0.01f);
+      std::vector<float> outputs(static_cast<size_t>(kImages * session.prefix_shape().count()));
+      Images<float> behind_prefix;
+      behind_prefix.prefix = outputs.data();
+      behind_prefix.count = kImages;
       const long before = allocations;
       session.embed(task.images(), features.data());
       session.set_prototypes(task.images(), task.labels.data(), kWays, true);
@@ -295,6 +300,10 @@ void test_nothing_allocates_after_construction() {
         session.backward(task.images(), feature_gradients.data());
         session.step(1e-3, 0.9);
         if (session.keeps_prefix()) session.update_prototypes();
+        if (!outputs.empty()) {
+          session.prefix(task.images(true), outputs.data());
+          session.proto_backward(behind_prefix, task.labels.data(), 10, 1.0 / kImages);
+        }
       }
       CHECK(allocations == before);
       CHECK(session.keeps_prefix() == (session.plan().keep_images > 0));
@@ -325,7 +334,7 @@ void test_gradients_by_finite_differences() {
   PlanRequest request = full_request(network.graph);
   request.value_bytes = sizeof(double);
   Session<double> session(network.graph, network.values(), kMean, kStd, request, "");
-  session.backward(task.images(), feature_gradients.data());
+  session.backward(task.images<double>(), feature_gradients.data());
   const std::vector<double> found = gradients(session);
 
   const auto loss = [&] {
@@ -333,7 +342,7 @@ void test_gradients_by_finite_differences() {
     nothing.value_bytes = sizeof(double);
     Session<double> run(network.graph, network.values(), kMean, kStd, nothing, "");
     std::vector<double> features(feature_gradients.size());
-    run.embed(task.images(), features.data());
+    run.embed(task.images<double>(), features.data());
     double sum = 0;
     for (size_t i = 0; i < features.size(); ++i) sum += features[i] * feature_gradients[i];
     return sum;
