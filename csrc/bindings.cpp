@@ -135,6 +135,7 @@ py::dict describe(const Plan& plan) {
   d["recompute"] = plan.recompute;
   d["thin_strips"] = plan.thin_strips;
   d["gradient_count"] = plan.gradient_count;
+  d["saved_bytes"] = plan.train.saved_bytes;
   d["first_tail_operation"] =
       plan.embed.tail < static_cast<int>(plan.embed.steps.size()) ? plan.embed.steps[plan.embed.tail].op : -1;
   return d;
@@ -260,6 +261,44 @@ class PySession {
     session_->backward(in, grads);
   }
 
+  // -> features (N, m), what each image leaves to its backward pass (N, saved bytes)
+  std::pair<Array<T>, Array<uint8_t>> forward(const py::array& images, bool prefix) {
+    const Images<T> in = view(images, prefix, std::nullopt);
+    need_training("forward");
+    Array<T> features({in.count, static_cast<int64_t>(graph().features())});
+    Array<uint8_t> saved({in.count, session_->plan().train.saved_bytes});
+    T* out = features.mutable_data();
+    char* bytes = reinterpret_cast<char*>(saved.mutable_data());
+    const ExclusiveCall call(mutex_);
+    session_->forward(in, out, bytes);
+    return {features, saved};
+  }
+
+  // images: those of the forward, needed where there is no frozen prefix.
+  void backward_saved(const std::optional<py::array>& images, const Array<uint8_t>& saved, const Array<T>& grad_features) {
+    need_training("backward_saved");
+    Images<T> in;
+    in.count = saved.ndim() > 0 ? saved.shape(0) : 0;
+    check_shape("saved", saved, {in.count, session_->plan().train.saved_bytes});
+    check_shape("grad_features", grad_features, {in.count, graph().features()});
+    if (images) {
+      in = view(*images, false, std::nullopt);
+      check_shape("images", *images, {saved.shape(0), graph().image_size, graph().image_size, 3});
+    } else if (session_->plan().train.tail == 0) {
+      throw py::value_error("images: this plan has no frozen prefix, its backward pass reads the images again");
+    }
+    const char* bytes = reinterpret_cast<const char*>(saved.data());
+    const T* grads = grad_features.data();
+    const ExclusiveCall call(mutex_);
+    session_->backward_saved(in, bytes, grads);
+  }
+
+  void set_selected(int index, const Array<T>& values) {
+    check_shape("values", values, gradient_shape(index));
+    const std::lock_guard<std::mutex> lock(mutex_);
+    session_->set_selected(index, values.data());
+  }
+
   void zero_grad() {
     const std::lock_guard<std::mutex> lock(mutex_);
     session_->zero_grad();
@@ -271,21 +310,23 @@ class PySession {
   }
 
   Array<T> gradient(int index) const {
+    Array<T> out(gradient_shape(index));
+    const std::lock_guard<std::mutex> lock(mutex_);
+    session_->copy_gradient(index, out.mutable_data());
+    return out;
+  }
+
+  // (S, C / groups, k, k), (O, S, k, k) or (O)
+  std::vector<int64_t> gradient_shape(int index) const {
     const auto& updates = session_->plan().updates;
     if (index < 0 || index >= static_cast<int>(updates.size())) throw py::index_error("gradient: no such update");
     const LayerUpdate& u = updates[index];
     const Op& op = graph().layer_op(u.layer);
     const int64_t selected = static_cast<int64_t>(u.channels.size()), k = op.kernel;
-    std::vector<int64_t> shape{op.out_channels};
-    if (!u.bias) {
-      const int64_t in = op.depthwise ? 1 : graph().layer_input(u.layer).channels;
-      shape =
-          u.axis == Axis::kIn ? std::vector<int64_t>{op.out_channels, selected, k, k} : std::vector<int64_t>{selected, in, k, k};
-    }
-    Array<T> out(shape);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    session_->copy_gradient(index, out.mutable_data());
-    return out;
+    if (u.bias) return {op.out_channels};
+    const int64_t in = op.depthwise ? 1 : graph().layer_input(u.layer).channels;
+    if (u.axis == Axis::kIn) return {op.out_channels, selected, k, k};
+    return {selected, in, k, k};
   }
 
   py::list fisher() const {
@@ -405,6 +446,18 @@ class PyConvolution {
     conv_ = std::make_unique<Convolution<T>>(op, in_, out_, weight.data(), bias.data(), true, kernels_);
   }
 
+  // values: the selected weights, (S, C / groups, k, k) of axis out, (O, S, k, k) of axis in
+  void set_weight(const Array<T>& values, const std::vector<int32_t>& channels, const std::string& axis) {
+    const LayerUpdate u = update_of(channels, axis);
+    check_shape("values", values, selected_shape(u));
+    conv_->set_selected(u, values.data());
+  }
+
+  void set_bias(const Array<T>& bias) {
+    check_shape("bias", bias, {out_.channels});
+    std::copy_n(bias.data(), out_.channels, conv_->bias());
+  }
+
   // x (N, H, W, C), addend (N, H', W', O) or None -> y (N, H', W', O), ReLU bits (N, H' * W', ceil(O / 8))
   std::pair<Array<T>, Array<uint8_t>> forward(const Array<T>& x, const std::optional<Array<T>>& addend) const {
     check(x, "x", -1, in_);
@@ -452,37 +505,34 @@ class PyConvolution {
     return {dx, fisher};
   }
 
-  // -> (S, C / groups, k, k) for axis out, (O, S, k, k) for axis in: summed over images
+  // -> (S, C / groups, k, k) for axis out, (O, S, k, k) for axis in: summed over images. Where only the selected channels of x are
+  // read (depthwise, axis in), x may hold them alone: (N, H, W, S).
   Array<T> grad_weight(const Array<T>& grad_output, const Array<T>& x, const std::vector<int32_t>& channels,
                        const std::string& axis) const {
     check(grad_output, "grad_output", -1, out_);
-    check(x, "x", grad_output.shape(0), in_);
     const Op& op = conv_->op();
-    LayerUpdate u;
-    u.axis = axis_of(axis);
-    u.channels = channels;
+    LayerUpdate u = update_of(channels, axis);
     const bool columns = u.axis == Axis::kIn;
-    if (columns && op.depthwise) throw py::value_error("axis: a depthwise convolution has only axis out");
-    const int limit = columns ? in_.channels : out_.channels;
-    for (int32_t c : channels) {
-      if (c < 0 || c >= limit)
-        throw py::value_error("channels: expected 0 to " + std::to_string(limit - 1) + ", got " + std::to_string(c));
-    }
-    const int64_t selected = static_cast<int64_t>(channels.size()), k = op.kernel;
-    const int64_t outs = columns ? out_.channels : selected, ins = op.depthwise ? 1 : columns ? selected : in_.channels;
-    u.count = outs * ins * k * k;
-    Array<T> result({outs, ins, k, k});
+    const int64_t selected = static_cast<int64_t>(channels.size());
+    Shape in_shape = in_;
+    const bool gathered = (columns || op.depthwise) && x.ndim() == 4 && x.shape(3) == selected;
+    if (gathered) in_shape.channels = static_cast<int>(selected);
+    check(x, "x", grad_output.shape(0), in_shape);
+    const std::vector<int64_t> shape = selected_shape(u);
+    const int64_t ins = shape[1];
+    u.count = shape[0] * shape[1] * shape[2] * shape[3];
+    Array<T> result(shape);
     AlignedArray<T> total(u.count), image_sum(u.count), g(out_.pixels() * selected), input(in_.pixels() * selected),
         padded(Convolution<T>::forward_scratch(op, in_.width, columns ? static_cast<int>(selected) : in_.channels));
     const bool sum = Convolution<T>::needs_image_sum(op, out_);
     for (int64_t n = 0; n < x.shape(0) && selected > 0; ++n) {
       const T* grad = grad_output.data() + n * out_.count();
-      const T* in = x.data() + n * in_.count();
+      const T* in = x.data() + n * in_shape.count();
       if (!columns) {
         kernels_.gather_columns(grad, out_.pixels(), out_.channels, channels.data(), static_cast<int>(selected), g.data());
         grad = g.data();
       }
-      if (columns || op.depthwise) {
+      if ((columns || op.depthwise) && !gathered) {
         kernels_.gather_columns(in, in_.pixels(), in_.channels, channels.data(), static_cast<int>(selected), input.data());
         in = input.data();
       }
@@ -492,7 +542,67 @@ class PyConvolution {
     return result;
   }
 
+  // x (N, P, C) -> activation(x), its bits (N, P, ceil(C / 8))
+  static std::pair<Array<T>, Array<uint8_t>> rectify(const Array<T>& x, const std::string& activation) {
+    check_shape("x", x, {-1, -1, -1});
+    const int64_t count = x.shape(0), pixels = x.shape(1);
+    const int channels = static_cast<int>(x.shape(2));
+    Array<T> y({count, pixels, x.shape(2)});
+    Array<uint8_t> mask({count, pixels, static_cast<int64_t>(mask_bytes(channels))});
+    Epilogue<T> e{};
+    e.out = y.mutable_data();
+    e.out_stride = channels;
+    e.activation = activation_of(activation);
+    if (e.activation == Activation::kNone) throw py::value_error("activation: expected relu or relu6, got none");
+    e.mask_out = mask.mutable_data();
+    kernels<T>("").apply_epilogue(x.data(), count * pixels, channels, e);
+    return {y, mask};
+  }
+
+  // grad (N, P, C) where the mask's bits are set, 0 elsewhere; sums over P of values * that (N, C)
+  static std::pair<Array<T>, Array<T>> grad_rectify(const Array<T>& grad, const std::optional<Array<uint8_t>>& mask,
+                                                    const std::optional<Array<T>>& values) {
+    check_shape("grad", grad, {-1, -1, -1});
+    const int64_t count = grad.shape(0), pixels = grad.shape(1);
+    const int channels = static_cast<int>(grad.shape(2));
+    if (mask) check_shape("mask", *mask, {count, pixels, mask_bytes(channels)});
+    if (values) check_shape("values", *values, {count, pixels, channels});
+    Array<T> masked({count, pixels, grad.shape(2)}), fisher({count, grad.shape(2)});
+    std::fill_n(fisher.mutable_data(), fisher.size(), T(0));
+    for (int64_t n = 0; n < count; ++n) {
+      Epilogue<T> e{};
+      e.out = masked.mutable_data() + n * pixels * channels;
+      e.out_stride = channels;
+      if (mask) e.mask_in = mask->data() + n * pixels * mask_bytes(channels);
+      if (values) {
+        e.values = values->data() + n * pixels * channels;
+        e.fisher = fisher.mutable_data() + n * channels;
+      }
+      kernels<T>("").apply_epilogue(grad.data() + n * pixels * channels, pixels, channels, e);
+    }
+    return {masked, fisher};
+  }
+
  private:
+  LayerUpdate update_of(const std::vector<int32_t>& channels, const std::string& axis) const {
+    LayerUpdate u;
+    u.axis = axis_of(axis);
+    u.channels = channels;
+    if (u.axis == Axis::kIn && conv_->op().depthwise) throw py::value_error("axis: a depthwise convolution has only axis out");
+    const int limit = u.axis == Axis::kIn ? in_.channels : out_.channels;
+    for (int32_t c : channels) {
+      if (c < 0 || c >= limit)
+        throw py::value_error("channels: expected 0 to " + std::to_string(limit - 1) + ", got " + std::to_string(c));
+    }
+    return u;
+  }
+  std::vector<int64_t> selected_shape(const LayerUpdate& u) const {
+    const Op& op = conv_->op();
+    const int64_t selected = static_cast<int64_t>(u.channels.size()), k = op.kernel;
+    if (u.axis == Axis::kIn) return {out_.channels, selected, k, k};
+    return {selected, op.depthwise ? 1 : in_.channels, k, k};
+  }
+
   static void check(const Array<T>& array, const char* name, int64_t images, Shape shape) {
     check_shape(name, array, {images, shape.height, shape.width, shape.channels});
   }
@@ -528,6 +638,10 @@ void bind(py::module_& m, const char* session, const char* convolution) {
            py::arg("augmentation").noconvert(), py::arg("scale"), py::arg("weight"))
       .def("backward", &S::backward, py::arg("images"), py::arg("prefix"), py::arg("grad_features").noconvert(),
            py::arg("augmentation").noconvert())
+      .def("forward", &S::forward, py::arg("images"), py::arg("prefix"))
+      .def("backward_saved", &S::backward_saved, py::arg("images"), py::arg("saved").noconvert(),
+           py::arg("grad_features").noconvert())
+      .def("set_selected", &S::set_selected, py::arg("index"), py::arg("values").noconvert())
       .def("zero_grad", &S::zero_grad)
       .def("step", &S::step, py::arg("learning_rate"), py::arg("momentum"))
       .def("gradient", &S::gradient, py::arg("index"))
@@ -540,6 +654,11 @@ void bind(py::module_& m, const char* session, const char* convolution) {
       .def(py::init<const Array<float>&, const Array<float>&, int, int, int, int, bool, const std::string&, const std::string&>(),
            py::arg("weight").noconvert(), py::arg("bias").noconvert(), py::kw_only(), py::arg("height"), py::arg("width"),
            py::arg("stride"), py::arg("padding"), py::arg("depthwise"), py::arg("activation"), py::arg("isa"))
+      .def("set_weight", &C::set_weight, py::arg("values").noconvert(), py::arg("channels"), py::arg("axis"))
+      .def("set_bias", &C::set_bias, py::arg("bias").noconvert())
+      .def_static("rectify", &C::rectify, py::arg("x").noconvert(), py::arg("activation"))
+      .def_static("grad_rectify", &C::grad_rectify, py::arg("grad").noconvert(), py::arg("mask").noconvert(),
+                  py::arg("values").noconvert())
       .def("forward", &C::forward, py::arg("x").noconvert(), py::arg("addend").noconvert() = py::none())
       .def("grad_input", &C::grad_input, py::arg("grad_output").noconvert(), py::kw_only(),
            py::arg("addend").noconvert() = py::none(), py::arg("mask").noconvert() = py::none(),

@@ -87,6 +87,23 @@ void Convolution<T>::copy_weight(T* weight_out, T* bias_out) const {
 }
 
 template <class T>
+void Convolution<T>::set_selected(const LayerUpdate& update, const T* values) {
+  const bool columns = update.axis == Axis::kIn;
+  const int selected = static_cast<int>(update.channels.size());
+  const int outs = columns ? out_.channels : selected;
+  const int ins = op_.depthwise ? 1 : columns ? selected : in_.channels;
+  for (int o = 0; o < outs; ++o) {
+    for (int c = 0; c < ins; ++c) {
+      for (int ky = 0; ky < op_.kernel; ++ky) {
+        for (int kx = 0; kx < op_.kernel; ++kx) {
+          set_weight(columns ? o : update.channels[o], columns ? update.channels[c] : c, ky, kx, *values++);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
 int64_t Convolution<T>::forward_scratch(const Op& op, int in_width, int channels) {
   return op.dense() ? static_cast<int64_t>(op.kernel) * (in_width + 2 * op.padding) * channels : 0;
 }

@@ -56,6 +56,8 @@ class Convolution {
   T weight(int out, int in, int ky, int kx) const;
   void set_weight(int out, int in, int ky, int kx, T value);
   void copy_weight(T* weight, T* bias) const;
+  // Overwrites the selected weights: (S, C / groups, k, k) of axis out, (O, S, k, k) of axis in.
+  void set_selected(const LayerUpdate& update, const T* values);
   // Calls step(weights, offset, count) for runs of the selected weights, `offset` their place in the compact gradient; what step
   // writes becomes the weights.
   template <class F>

@@ -515,6 +515,7 @@ class Builder {
     Instruction head = instruction(Step::kHead, ops - 1);
     head.in = p.feature;
     head.out = p.feature_grad;
+    p.head = static_cast<int>(p.steps.size());
     emit(std::move(head));
     if (!plan_.recompute) {
       backward(tail_first, ops);
@@ -524,6 +525,11 @@ class Builder {
         if (graph_.ops[from].kind != OpKind::kGlobalAverage) forward_saving(from, to);
         backward(from, to);
       }
+    }
+    for (int s = 0; s < static_cast<int>(p.slots.size()); ++s) {
+      if (p.slots[s].first >= p.head || p.slots[s].last <= p.head) continue;
+      p.saved.push_back(s);
+      p.saved_bytes += p.slots[s].bytes;
     }
     finish();
   }

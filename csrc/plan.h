@@ -106,6 +106,9 @@ struct Program {
   int logits = -1;          // train only
   int image_gradient = -1;  // this thread's gradient of one image (several threads only)
   int fisher_image = -1;    // per-image Fisher sums
+  int head = -1;            // train only: the step between forward and backward
+  std::vector<int> saved;   // train only: slots that an image's forward leaves to its backward
+  int64_t saved_bytes = 0;  // of them together
   int64_t bytes = 0;        // end of the highest slot
 };
 

@@ -35,6 +35,8 @@ struct Session<T>::Pass {
   T* prefix = nullptr;    // where to put the prefix's outputs, or null
   T* features = nullptr;  // embed
   bool sum_prototypes = false;
+  char* save = nullptr;                  // forward: (N, saved bytes)
+  const char* saved = nullptr;           // backward_saved: the same
   const T* feature_gradients = nullptr;  // backward
   double scale = 0, weight = 0;          // proto_backward
   std::atomic<int64_t> next{0};
@@ -116,6 +118,17 @@ void Session<T>::copy_gradient(int update, T* out) const {
   const Op& op = graph_.layer_op(u.layer);
   const int64_t selected = static_cast<int64_t>(u.channels.size());
   copy_compact(op, u, op.depthwise ? 1 : u.axis == Axis::kIn ? selected : graph_.layer_input(u.layer).channels, grad, out);
+}
+
+template <class T>
+void Session<T>::set_selected(int update, const T* values) {
+  const LayerUpdate& u = plan_.updates[update];
+  Convolution<T>& layer = layers_[u.layer];
+  if (u.bias) {
+    std::copy_n(values, u.count, layer.bias());
+  } else {
+    layer.set_selected(u, values);
+  }
 }
 
 // ---- the optimiser ----
@@ -260,6 +273,26 @@ void Session<T>::backward(const Images<T>& images, const T* feature_gradients) {
 }
 
 template <class T>
+void Session<T>::forward(const Images<T>& images, T* features, char* saved) {
+  Pass pass{};
+  pass.program = &plan_.train;
+  pass.images = images;
+  pass.features = features;
+  pass.save = saved;
+  run_pass(pass);
+}
+
+template <class T>
+void Session<T>::backward_saved(const Images<T>& images, const char* saved, const T* feature_gradients) {
+  Pass pass{};
+  pass.program = &plan_.train;
+  pass.images = images;
+  pass.feature_gradients = feature_gradients;
+  pass.saved = saved;
+  run_pass(pass);
+}
+
+template <class T>
 void Session<T>::run_worker(void* context, int worker) {
   Pass& pass = *static_cast<Pass*>(context);
   for (;;) {
@@ -306,21 +339,36 @@ void Session<T>::run_image(Worker& worker, Pass& pass, int64_t image) {
   if (program.fisher_image >= 0) {
     std::memset((*worker.slots)[program.fisher_image], 0, static_cast<size_t>(plan_.fisher_count) * sizeof(T));
   }
-  const int64_t at = image * prefix_shape().count();
-  if (pass.images.prefix) {
-    // No step behind the cut writes to it: it takes the place of the slot.
-    T*& cut = (*worker.slots)[program.cut_slot];
-    T* const place = cut;
-    cut = const_cast<T*>(pass.images.prefix + at);
-    run_steps(worker, pass, program, program.tail, steps, image);
-    cut = place;
-  } else {
-    prepare_image(worker, pass, image);
-    run_steps(worker, pass, program, 0, pass.prefix ? program.tail : steps, image);
-    if (pass.prefix) {
-      std::copy_n((*worker.slots)[program.cut_slot], prefix_shape().count(), pass.prefix + at);
-      return;
+  // A prefix takes the place of the cut's slot: no step behind the cut writes to it.
+  T** const cut = pass.images.prefix ? &(*worker.slots)[program.cut_slot] : nullptr;
+  T* const place = cut ? *cut : nullptr;
+  if (cut) *cut = const_cast<T*>(pass.images.prefix + image * prefix_shape().count());
+  if (pass.images.bytes || pass.images.values) prepare_image(worker, pass, image);
+  int64_t at = image * program.saved_bytes;
+  if (pass.saved) {
+    for (int s : program.saved) {
+      std::memcpy((*worker.slots)[s], pass.saved + at, static_cast<size_t>(program.slots[s].bytes));
+      at += program.slots[s].bytes;
     }
+  }
+  run_steps(worker, pass, program,
+            pass.saved ? program.head
+            : cut      ? program.tail
+                       : 0,
+            pass.prefix ? program.tail
+            : pass.save ? program.head
+                        : steps,
+            image);
+  if (pass.save) {
+    for (int s : program.saved) {
+      std::memcpy(pass.save + at, (*worker.slots)[s], static_cast<size_t>(program.slots[s].bytes));
+      at += program.slots[s].bytes;
+    }
+  }
+  if (cut) *cut = place;
+  if (pass.prefix) {
+    std::copy_n((*worker.slots)[program.cut_slot], prefix_shape().count(), pass.prefix + image * prefix_shape().count());
+    return;
   }
   collect(worker, pass, program, image);
 }
@@ -405,7 +453,7 @@ void Session<T>::run_steps(Worker& worker, Pass& pass, const Program& program, i
     for (const Slot& s : program.slots) {
       char* bytes = worker.workspace + s.offset + s.bytes;
       if (write && s.first == step) std::memset(bytes, kGuard, static_cast<size_t>(plan_.guard_bytes));
-      // A pass that starts behind the prefix never entered what lies before it.
+      // A pass that starts behind the prefix, or with the backward, never entered what lies before it.
       if (!write && s.last == step && s.first >= from) {
         for (int64_t i = 0; i < plan_.guard_bytes; ++i) {
           if (static_cast<unsigned char>(bytes[i]) != kGuard) broken_guard_ = &s;

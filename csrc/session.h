@@ -75,12 +75,19 @@ class Session {
   // The same with the caller's gradient of each feature (N, m).
   void backward(const Images<T>& images, const T* feature_gradients);
 
+  // The two halves of backward, for callers whose loss comes between them: `saved` (N, plan().train.saved_bytes) is what the
+  // forward leaves to the backward, which reads the images again only where the plan has no frozen prefix.
+  void forward(const Images<T>& images, T* features, char* saved);
+  void backward_saved(const Images<T>& images, const char* saved, const T* feature_gradients);
+
   void zero_grad();
   // One step of the optimiser; all or nothing.
   void step(double learning_rate, double momentum);
 
   // Dense copies for the caller: gradient `update` in the layout (S, C / groups, k, k), (O, S, k, k) or (O).
   void copy_gradient(int update, T* out) const;
+  // Overwrites the selected weights (or the bias) of update `update`, given in the same layout.
+  void set_selected(int update, const T* values);
   const T* fisher() const { return fisher_; }
   void copy_weight(int layer, T* weight, T* bias) const;
 

@@ -103,7 +103,8 @@ def parameters(signature):
 def real_signatures(value):
     """{function or method: its parameters} as pybind11 writes them into docstrings."""
     found = {}
-    for name, member in vars(value).items():
+    for name in vars(value):
+        member = getattr(value, name)  # a static method itself, not its wrapper
         text = (getattr(member, "__doc__", None) or "").split("\n")[0]
         if callable(member) and re.match(rf"{name}\(.*\)", text):
             found[name] = parameters(re.sub(r"Annotated\[.*?\)\"\]", "X", text))

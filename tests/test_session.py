@@ -578,6 +578,58 @@ def test_a_session_is_repeatable_and_leaves_its_network_alone():
 # ---- loss and images ----
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_two_halves_of_backward_give_its_bits(family, threads, limited):
+    network, rng = FAMILIES[family], np.random.default_rng(3)
+    for policy in (mixed_policy(network), full_train(network)):
+        # Without a limit everything is saved, at the least of memory only the prefix's output.
+        options = {"fisher_layers": range(1, len(network.convolutions)), "threads": threads}
+        if limited:
+            options["memory_bytes"] = smallest(
+                functools.partial(Session, network, policy, **options)
+            )
+        images = rng.integers(0, 256, (3, network.input_size, network.input_size, 3), np.uint8)
+        grads = rng.normal(size=(3, network.feature_dim)).astype(np.float32)
+        whole = Session(network, policy, **options)
+        whole.backward(images, grads)
+        halves = Session(network, policy, **{**options, "guard_bytes": 0 if limited else 64})
+        features, saved = halves.forward(images)
+        assert features.tobytes() == whole.embed(images).tobytes()
+        assert saved.shape == (3, halves.plan.saved_bytes)
+        halves.forward(images[::-1].copy())  # another forward in between is no matter
+        needs_images = halves.plan.first_tail_operation == 0
+        if needs_images:
+            with pytest.raises(ValueError, match="images: this plan has no frozen prefix"):
+                halves.backward_saved(saved, grads)
+        halves.backward_saved(saved, grads, images if needs_images else None)
+        assert_same_bits(everything(whole), everything(halves))
+        assert halves.broken_guard() == ""
+
+
+def test_selected_weights_can_be_set(network):
+    rng = np.random.default_rng(4)
+    policy = mixed_policy(network)
+    session = Session(network, policy, dtype="float64")
+    for layer, gradient in session.gradients().items():
+        values = rng.normal(size=gradient.shape)
+        session.set_selected(layer, values)
+        wanted = network.weights[layer].astype(np.float64)
+        wanted[rows(policy.layers[layer])] = values
+        np.testing.assert_array_equal(session.layer(layer)[0], wanted)
+    for layer in policy.biases:
+        session.set_selected(layer, np.full(len(network.biases[layer]), 0.5), bias=True)
+        assert (session.layer(layer)[1] == 0.5).all()
+    layer = min(policy.layers)
+    with pytest.raises(ValueError, match=rf"layer: expected one of .*{layer}.*, got 99"):
+        session.set_selected(99, values)
+    with pytest.raises(ValueError, match="values: expected finite numbers"):
+        session.set_selected(layer, np.full(session.gradients()[layer].shape, np.nan))
+    with pytest.raises(ValueError, match="values: expected shape"):
+        session.set_selected(layer, np.zeros((1, 2)))
+
+
 @pytest.mark.parametrize("scale", [10.0, 0.5])
 def test_proto_backward_is_protonet_and_backward(scale):
     network = tiny()

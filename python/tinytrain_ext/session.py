@@ -49,7 +49,8 @@ class Plan:
     peak_bytes: size of the arena, all threads together. Beside it, not in it:
     resident_weight_bytes (weights as the kernels read them; 0 in a plan made without weights).
     threads, keep_images: what the limit carries. recompute: the Fisher pass goes block by block,
-    computing activations again instead of keeping them.
+    computing activations again instead of keeping them. saved_bytes: what one image's forward
+    pass leaves to its backward pass (saved inputs and ReLU bits), all of it within the arena.
     """
 
     slots: tuple[PlanSlot, ...]
@@ -60,6 +61,7 @@ class Plan:
     keep_images: int
     recompute: bool
     first_tail_operation: int
+    saved_bytes: int
     resident_weight_bytes: int = 0
 
     def bytes_by_kind(self) -> dict[str, int]:
@@ -136,6 +138,7 @@ def _plan_of(described: dict[str, Any], resident_weight_bytes: int = 0) -> Plan:
                 "keep_images",
                 "recompute",
                 "first_tail_operation",
+                "saved_bytes",
             )
         },
     )
@@ -350,11 +353,48 @@ class Session:
 
         grad_features is C-contiguous, of the session's dtype.
         """
-        if grad_features.dtype != self.dtype:
-            raise TypeError(f"grad_features: expected {self.dtype}, got {grad_features.dtype}")
-        if not grad_features.flags.c_contiguous:
-            raise TypeError("grad_features: expected a C-contiguous array")
+        _check_gradient(grad_features, self.dtype)
         self._core.backward(*_images(images), grad_features, _augmentation(augmentation))
+
+    def forward(self, images: NDArray[Any] | Prefix) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+        """The first half of `backward`, for a loss between the two: features (N, m), and what each
+        image leaves to `backward_saved`, (N, plan.saved_bytes) bytes.
+
+        Raises ValueError where the session updates nothing and inspects nothing.
+        """
+        features, saved = self._core.forward(*_images(images))
+        return np.asarray(features), np.asarray(saved)
+
+    def backward_saved(
+        self,
+        saved: NDArray[np.uint8],
+        grad_features: NDArray[Any],
+        images: NDArray[Any] | None = None,
+    ) -> None:
+        """The second half: adds into the gradients what `saved` (N, plan.saved_bytes) of `forward`
+        and the gradient (N, m) of the features give. The weights must be those of the forward.
+
+        images: the same as in `forward`; needed where the plan has no frozen prefix
+        (`plan.first_tail_operation` is 0). Raises ValueError where they are and are not given.
+        """
+        _check_gradient(grad_features, self.dtype)
+        self._core.backward_saved(
+            None if images is None else _images(images)[0], saved, grad_features
+        )
+
+    def set_selected(self, layer: int, values: NDArray[Any], *, bias: bool = False) -> None:
+        """Overwrites the selected weights of a layer of the policy, in the shape of its gradient:
+        (S, C/groups, k, k) for axis "out", (O, S, k, k) for axis "in"; bias: its bias, (O,).
+
+        Raises ValueError for a layer that is not updated, or a value that is not finite.
+        """
+        known = sorted(self._policy.biases if bias else self._policy.layers)
+        if layer not in known:
+            raise ValueError(f"layer: expected one of {known}, got {layer}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"values: expected finite numbers for layer {layer}")
+        index = known.index(layer) + (len(self._policy.layers) if bias else 0)
+        self._core.set_selected(index, np.ascontiguousarray(values, self.dtype))
 
     def gradients(self) -> dict[int, NDArray[Any]]:
         """{layer: gradient}: (S, C/groups, k, k) for axis "out", (O, S, k, k) for axis "in"."""
@@ -418,6 +458,13 @@ def _images(images: NDArray[Any] | Prefix) -> tuple[NDArray[Any], bool]:
     if not images.flags.c_contiguous:
         raise TypeError("images: expected a C-contiguous array; use numpy.ascontiguousarray")
     return images, False
+
+
+def _check_gradient(grad_features: NDArray[Any], dtype: np.dtype[Any]) -> None:
+    if grad_features.dtype != dtype:
+        raise TypeError(f"grad_features: expected {dtype}, got {grad_features.dtype}")
+    if not grad_features.flags.c_contiguous:
+        raise TypeError("grad_features: expected a C-contiguous array")
 
 
 def _labels(labels: NDArray[np.int64]) -> NDArray[np.int64]:
