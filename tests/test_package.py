@@ -18,7 +18,7 @@ ROOT = Path(tinytrain_ext.__file__).parent
 
 # A module may import those of its own and earlier rows; `nn` and `offline` may import any.
 LAYERS = [
-    {"errors", "_core"},
+    {"errors", "episodes", "_core"},
     {"network"},
     {"architectures"},
     {"importers", "images", "protonet", "cost"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"session"},
     {"fisher", "views"},
     {"adapt"},
-    {"report"},
+    {"report", "offline.commands"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,4 +1,5 @@
-"""The command line: `tinytrain demo | adapt | classify | profile | import`.
+"""The command line: `tinytrain demo | adapt | classify | profile | import`, and the offline stage,
+`pre-train | meta-train`.
 
 A command gathers its results in one JSON-able document; `--json` prints it as it is, otherwise it
 is rendered for people. Results go to stdout, everything else to stderr.
@@ -36,6 +37,13 @@ from .errors import BudgetExceeded, ImageError, NonFiniteError
 from .images import LabelledImages, load_folder, load_images
 from .importers import import_int8
 from .network import Network, default_network
+from .offline.commands import (
+    add_metatrain_arguments,
+    add_pretrain_arguments,
+    run_metatrain,
+    run_pretrain,
+)
+from .offline.commands import render as report_training
 from .selection import Budget, UpdatePolicy, full_train, last_layer, select, sparse_update
 from .session import OPTIMIZERS, plan
 
@@ -55,7 +63,7 @@ class InputError(Exception):
 class Command(NamedTuple):
     """A command's work, and its rendering for people."""
 
-    run: Callable[[argparse.Namespace], Document]
+    run: Callable[[argparse.Namespace], Document | None]  # None: another process prints it
     render: Callable[[Document], str]
 
 
@@ -69,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         document = args.command.run(args)
         args.progress.close()
-        _print(json.dumps(document, indent=2) if args.json else args.command.render(document))
+        if document is not None:
+            _print(json.dumps(document, indent=2) if args.json else args.command.render(document))
         return 0
     except KeyboardInterrupt:
         return _fail(args, EXIT_INTERRUPTED, "interrupted")
@@ -562,6 +571,21 @@ def _parser() -> argparse.ArgumentParser:
     import_.add_argument("file", type=Path, metavar="FILE.pkl")
     import_.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="the network file to write"
+    )
+
+    add_pretrain_arguments(
+        add(
+            "pre-train",
+            "Train a network from random weights on a large set of classes (offline stage).",
+            Command(run_pretrain, report_training),
+        )
+    )
+    add_metatrain_arguments(
+        add(
+            "meta-train",
+            "Meta-train a network by few-shot episodes (offline stage).",
+            Command(run_metatrain, report_training),
+        )
     )
     return parser
 

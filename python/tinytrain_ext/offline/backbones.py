@@ -7,7 +7,7 @@ network in the package, and "layer" means the same convolution on both sides.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..architectures import Architecture, operations
 from ..network import Network, Operation
+
+if TYPE_CHECKING:
+    from typing import Self
 
 __all__ = ["Backbone", "embed", "fold_batch_norm", "run"]
 
@@ -53,14 +55,17 @@ def run(
 
 
 class Backbone(nn.Module):
-    """An architecture's convolutions, each with its batch normalisation, in layer order.
+    """A network's convolutions in layer order, each with its batch normalisation or its bias.
 
     Takes normalised images (N, 3, H, W) of any size and returns features (N, m).
+
+    batch_norm: without it, every convolution has a bias instead, as in a `Network`.
     """
 
-    def __init__(self, architecture: Architecture, feature_mix: bool = False) -> None:
+    def __init__(self, graph: tuple[Operation, ...], batch_norm: bool = True) -> None:
         super().__init__()
-        self.operations = operations(architecture, feature_mix)
+        self.operations = graph
+        self.batch_norm = batch_norm
         self.convolutions = nn.ModuleList()
         self.norms = nn.ModuleList()
         for operation in self.operations:
@@ -73,11 +78,40 @@ class Backbone(nn.Module):
                 operation.stride,
                 operation.padding,
                 groups=operation.groups,
-                bias=False,
+                bias=not batch_norm,
             )
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out")
             self.convolutions.append(convolution)
-            self.norms.append(nn.BatchNorm2d(operation.out_channels))
+            norm = nn.BatchNorm2d(operation.out_channels) if batch_norm else nn.Identity()
+            self.norms.append(norm)
+
+    @classmethod
+    def from_network(cls, network: Network) -> Self:
+        """A network, whose batch norms are folded, as a backbone without them."""
+        backbone = cls(network.operations, batch_norm=False)
+        with torch.no_grad():
+            layers: Iterable[Any] = backbone.convolutions
+            for convolution, weight, bias in zip(
+                layers, network.weights, network.biases, strict=True
+            ):
+                convolution.weight.copy_(torch.tensor(weight))
+                convolution.bias.copy_(torch.tensor(bias))
+        return backbone
+
+    def to_network(
+        self, name: str, *, input_size: int = 128, resize: int = 146, logit_scale: float = 10.0
+    ) -> Network:
+        """The backbone as the device runs it: batch norm folded, images in [-1, 1]."""
+        weights, biases = fold_batch_norm(self)
+        return Network(
+            name=name,
+            operations=self.operations,
+            weights=weights,
+            biases=biases,
+            input_size=input_size,
+            resize=resize,
+            logit_scale=logit_scale,
+        )
 
     @property
     def feature_dim(self) -> int:
@@ -98,27 +132,29 @@ def fold_batch_norm(
 ) -> tuple[tuple[NDArray[np.float32], ...], tuple[NDArray[np.float32], ...]]:
     """Folds each batch norm's running statistics and affine part into its convolution.
 
-    Returns per layer (stem = 0) the weights (O, C / groups, K, K) and biases (O,), float32. The
-    folding itself is done in float64, so the only rounding is the last one.
+    Returns per layer (stem = 0) the weights (O, C / groups, K, K) and biases (O,), float32, as they
+    are where there is no batch norm. The folding itself is done in float64, so the only rounding is
+    the last one.
     """
     weights, biases = [], []
     # nn.ModuleList forgets what its modules are.
     layers: Iterable[Any] = zip(backbone.convolutions, backbone.norms, strict=True)
     for convolution, norm in layers:
-        gamma, beta, mean, variance, weight = (
-            tensor.detach().to(torch.float64).numpy()
-            for tensor in (
-                norm.weight,
-                norm.bias,
-                norm.running_mean,
-                norm.running_var,
-                convolution.weight,
-            )
-        )
-        scale = gamma / np.sqrt(variance + norm.eps)
-        weights.append((weight * scale[:, None, None, None]).astype(np.float32, order="C"))
-        biases.append((beta - mean * scale).astype(np.float32))
+        weight = _float64(convolution.weight)
+        if backbone.batch_norm:
+            scale = _float64(norm.weight) / np.sqrt(_float64(norm.running_var) + norm.eps)
+            weight = weight * scale[:, None, None, None]
+            bias = _float64(norm.bias) - _float64(norm.running_mean) * scale
+        else:
+            bias = _float64(convolution.bias)
+        weights.append(weight.astype(np.float32, order="C"))
+        biases.append(bias.astype(np.float32))
     return tuple(weights), tuple(biases)
+
+
+def _float64(tensor: Tensor) -> NDArray[np.float64]:
+    values: NDArray[np.float64] = tensor.detach().to("cpu", torch.float64).numpy()
+    return values
 
 
 def embed(

@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from ..architectures import ARCHITECTURES, random_network
+from ..episodes import FixedEpisodes, mean_and_interval
 from ..network import Network
 from ..protonet import compute_prototypes, cosine_logits
 from .backbones import embed
-from .image_cache import cached_images, default_cache_directory, list_images, read_split
+from .image_cache import cached_images, list_images, read_split
 
 __all__ = ["Accuracy", "episode_accuracy", "main"]
 
@@ -53,27 +54,16 @@ def episode_accuracy(
 
     Raises ValueError when there are too few classes, or images in a class.
     """
-    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    if len(members) < ways:
-        raise ValueError(f"ways: expected at most the {len(members)} classes, got {ways}")
-    smallest = min(map(len, members))
-    if smallest < shots + queries:
-        raise ValueError(
-            f"shots + queries: expected at most the {smallest} images of the smallest class, "
-            f"got {shots} + {queries}"
-        )
-    support = np.repeat(np.arange(ways), shots)
-    truth = np.repeat(np.arange(ways), queries)
+    sampler = FixedEpisodes(labels, ways=ways, shots=shots, queries=queries)
     accuracies = np.empty(episodes)
-    for episode in range(episodes):
-        classes = rng.choice(len(members), ways, replace=False)
-        chosen = np.stack([rng.choice(members[c], shots + queries, replace=False) for c in classes])
-        prototypes = compute_prototypes(features[chosen[:, :shots].ravel()], support, ways)
-        nearest = cosine_logits(features[chosen[:, shots:].ravel()], prototypes, 1.0).argmax(axis=1)
-        accuracies[episode] = 100 * np.mean(nearest == truth)
-    deviation = accuracies.std(ddof=1) if episodes > 1 else np.nan
-    interval = 1.96 * deviation / np.sqrt(episodes)
-    return Accuracy(float(accuracies.mean()), float(interval), ways, shots, queries, episodes)
+    for number in range(episodes):
+        episode = sampler.draw(rng)
+        support = features[episode.support]
+        prototypes = compute_prototypes(support, episode.support_ways, ways)
+        nearest = cosine_logits(features[episode.query], prototypes, 1.0).argmax(axis=1)
+        accuracies[number] = 100 * np.mean(nearest == episode.query_ways)
+    mean, interval = mean_and_interval(accuracies)
+    return Accuracy(mean, interval, ways, shots, queries, episodes)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -96,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--episodes", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cache", type=Path, default=default_cache_directory())
+    parser.add_argument("--cache", type=Path)
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)

@@ -12,9 +12,11 @@ import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from ..images import load_image
 
@@ -71,33 +73,46 @@ def default_cache_directory() -> Path:
 
 
 def cached_images(
-    paths: Sequence[Path], resize: int, crop: int, cache_directory: Path
+    paths: Sequence[Path], resize: int, crop: int, cache_directory: Path | None = None
 ) -> NDArray[np.uint8]:
     """The images as one read-only memory-mapped array (N, crop, crop, 3).
 
     Each is what `load_image` gives for a short side of `resize` pixels and a centre crop of `crop`.
-    The array is made at the first call and mapped from `cache_directory` at later ones.
+    The array is made at the first call and mapped from `cache_directory` (by default
+    `default_cache_directory()`) at later ones.
 
-    Raises OSError, ImageError or ValueError as `load_image` does.
+    Raises OSError, ImageError or ValueError as `load_image` does, and OSError naming the file in
+    the cache when it cannot be written.
     """
     stamps = [(os.fspath(path.resolve()), *_stamp(path)) for path in paths]
     digest = hashlib.sha256(json.dumps([CACHE_VERSION, stamps, resize, crop]).encode()).hexdigest()
+    cache_directory = cache_directory or default_cache_directory()
     target = cache_directory / f"{digest[:32]}.npy"
     if not target.exists():
         cache_directory.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
         try:
-            array = np.lib.format.open_memmap(
-                temporary, mode="w+", dtype=np.uint8, shape=(len(paths), crop, crop, 3)
-            )
-            for index, path in enumerate(paths):
-                array[index] = load_image(path, resize=resize, input_size=crop)
-            array.flush()
+            with temporary.open("xb") as file:
+                _write_images(file, paths, resize, crop)
             temporary.replace(target)
+        except OSError as error:
+            if error.filename is None:  # of a write, such as on a full disk
+                raise OSError(error.errno, error.strerror, os.fspath(target)) from error
+            raise
         finally:
             temporary.unlink(missing_ok=True)
     images: NDArray[np.uint8] = np.load(target, mmap_mode="r", allow_pickle=False)
     return images
+
+
+def _write_images(file: BinaryIO, paths: Sequence[Path], resize: int, crop: int) -> None:
+    """Writes a .npy file image by image: a full disk is then an error, not a signal."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), crop, crop, 3)}
+    np.lib.format.write_array_header_1_0(file, header)
+    for path in tqdm(paths, "decoding", unit="image", disable=None, leave=False):
+        file.write(load_image(path, resize=resize, input_size=crop).tobytes())
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _stamp(path: Path) -> tuple[int, int]:
