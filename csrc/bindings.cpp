@@ -84,7 +84,7 @@ Graph make_graph(int image_size, const std::vector<OpTuple>& operations) {
 
 PlanRequest make_request(const std::vector<UpdateTuple>& updates, const std::vector<int>& fisher_layers,
                          const std::string& optimizer, int max_ways, int keep_images, int threads, int64_t memory_bytes,
-                         int64_t guard_bytes, int value_bytes) {
+                         int64_t guard_bytes, int value_bytes, int quantised_panel) {
   PlanRequest request;
   for (const auto& [layer, axis, channels, bias] : updates) {
     LayerUpdate u;
@@ -110,7 +110,15 @@ PlanRequest make_request(const std::vector<UpdateTuple>& updates, const std::vec
   request.memory_bytes = memory_bytes;
   request.guard_bytes = guard_bytes;
   request.value_bytes = value_bytes;
+  request.quantised_panel = quantised_panel;
   return request;
+}
+
+template <class T>
+int panel_columns(const std::string& frozen_weights, const Kernels<T>& kernels) {
+  if (frozen_weights == "float32") return 0;
+  if (frozen_weights == "int8") return kernels.lanes * kernels.panel_vectors;
+  throw py::value_error("frozen_weights: expected float32 or int8, got " + frozen_weights);
 }
 
 py::dict describe(const Plan& plan) {
@@ -173,11 +181,12 @@ class PySession {
   PySession(int image_size, const std::vector<OpTuple>& operations, const std::vector<Array<float>>& weights,
             const std::vector<Array<float>>& biases, std::array<float, 3> mean, std::array<float, 3> std_dev,
             const std::vector<UpdateTuple>& updates, const std::vector<int>& fisher_layers, const std::string& optimizer,
-            int max_ways, int keep_images, int threads, int64_t memory_bytes, int64_t guard_bytes, const std::string& isa) {
+            int max_ways, int keep_images, int threads, int64_t memory_bytes, int64_t guard_bytes, const std::string& isa,
+            const std::string& frozen_weights) {
     const Graph graph = make_graph(image_size, operations);
     const std::vector<LayerValues> values = layer_values(graph, weights, biases);
-    const PlanRequest request =
-        make_request(updates, fisher_layers, optimizer, max_ways, keep_images, threads, memory_bytes, guard_bytes, sizeof(T));
+    const PlanRequest request = make_request(updates, fisher_layers, optimizer, max_ways, keep_images, threads, memory_bytes,
+                                             guard_bytes, sizeof(T), panel_columns(frozen_weights, kernels<T>(isa)));
     py::gil_scoped_release release;
     session_ = std::make_unique<Session<T>>(graph, values, mean.data(), std_dev.data(), request, isa);
   }
@@ -443,7 +452,7 @@ class PyConvolution {
     check_shape("bias", bias, {op.out_channels});
     in_ = {height, width, depthwise ? op.out_channels : static_cast<int>(weight.shape(1))};
     out_ = {(height + 2 * padding - op.kernel) / stride + 1, (width + 2 * padding - op.kernel) / stride + 1, op.out_channels};
-    conv_ = std::make_unique<Convolution<T>>(op, in_, out_, weight.data(), bias.data(), true, kernels_);
+    conv_ = std::make_unique<Convolution<T>>(op, in_, out_, weight.data(), bias.data(), true, false, nullptr, kernels_);
   }
 
   // values: the selected weights, (S, C / groups, k, k) of axis out, (O, S, k, k) of axis in
@@ -473,7 +482,7 @@ class PyConvolution {
       if (e.activation != Activation::kNone) e.mask_out = mask.mutable_data() + n * out_.pixels() * mask_bytes(out_.channels);
       if (addend) e.addend = addend->data() + n * out_.count();
       conv_->forward({x.data() + n * in_.count(), in_.height}, {y.mutable_data() + n * out_.count(), out_.height}, nullptr, 0,
-                     out_.height, scratch.data(), &loaded, e);
+                     out_.height, scratch.data(), nullptr, &loaded, e);
     }
     return {y, mask};
   }
@@ -500,7 +509,7 @@ class PyConvolution {
         e.values = values->data() + n * in_.count();
         e.fisher = fisher.mutable_data() + n * in_.channels;
       }
-      conv_->grad_input(grad_output.data() + n * out_.count(), scratch.data(), e);
+      conv_->grad_input(grad_output.data() + n * out_.count(), scratch.data(), nullptr, e);
     }
     return {dx, fisher};
   }
@@ -618,11 +627,11 @@ void bind(py::module_& m, const char* session, const char* convolution) {
   py::class_<S>(m, session)
       .def(py::init<int, const std::vector<OpTuple>&, const std::vector<Array<float>>&, const std::vector<Array<float>>&,
                     std::array<float, 3>, std::array<float, 3>, const std::vector<UpdateTuple>&, const std::vector<int>&,
-                    const std::string&, int, int, int, int64_t, int64_t, const std::string&>(),
+                    const std::string&, int, int, int, int64_t, int64_t, const std::string&, const std::string&>(),
            py::kw_only(), py::arg("image_size"), py::arg("operations"), py::arg("weights").noconvert(),
            py::arg("biases").noconvert(), py::arg("mean"), py::arg("std"), py::arg("updates"), py::arg("fisher_layers"),
            py::arg("optimizer"), py::arg("max_ways"), py::arg("keep_images"), py::arg("threads"), py::arg("memory_bytes"),
-           py::arg("guard_bytes"), py::arg("isa"))
+           py::arg("guard_bytes"), py::arg("isa"), py::arg("frozen_weights"))
       .def("plan", &S::plan)
       .def("isa", &S::isa)
       .def("resident_weight_bytes", &S::resident_weight_bytes)
@@ -694,13 +703,14 @@ PYBIND11_MODULE(_core, m) {
       "plan",
       [](int image_size, const std::vector<OpTuple>& operations, const std::vector<UpdateTuple>& updates,
          const std::vector<int>& fisher_layers, const std::string& optimizer, int max_ways, int keep_images, int threads,
-         int64_t memory_bytes) {
-        return describe(make_plan(
-            make_graph(image_size, operations),
-            make_request(updates, fisher_layers, optimizer, max_ways, keep_images, threads, memory_bytes, 0, sizeof(float))));
+         int64_t memory_bytes, const std::string& frozen_weights) {
+        return describe(make_plan(make_graph(image_size, operations),
+                                  make_request(updates, fisher_layers, optimizer, max_ways, keep_images, threads, memory_bytes, 0,
+                                               sizeof(float), panel_columns(frozen_weights, kernels_f32()))));
       },
       py::kw_only(), py::arg("image_size"), py::arg("operations"), py::arg("updates"), py::arg("fisher_layers"),
-      py::arg("optimizer"), py::arg("max_ways"), py::arg("keep_images"), py::arg("threads"), py::arg("memory_bytes"));
+      py::arg("optimizer"), py::arg("max_ways"), py::arg("keep_images"), py::arg("threads"), py::arg("memory_bytes"),
+      py::arg("frozen_weights"));
   bind<float>(m, "Session32", "Convolution32");
   bind<double>(m, "Session64", "Convolution64");
 }

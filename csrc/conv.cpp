@@ -1,6 +1,7 @@
 #include "conv.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace tinytrain {
 namespace {
@@ -20,24 +21,55 @@ Epilogue<T> at_row(Epilogue<T> e, Shape shape, int y, int held) {
   return e;
 }
 
+// The scale that turns one output's weights into bytes. Weights that were bytes times a scale before, as those of a quantised
+// release file, are found to be so: the largest is a whole number of scales, and that is tried from 128 down.
+float byte_scale(const float* weight, int64_t count) {
+  float largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(weight[i]));
+  for (int steps = 128; steps > 0; --steps) {
+    const float scale = largest / static_cast<float>(steps);
+    // The quotient is rounded: the scale that made the largest weight may be a neighbour.
+    for (const float candidate : {scale, std::nextafter(scale, 0.0f), std::nextafter(scale, largest)}) {
+      int64_t exact = 0;
+      while (exact < count) {
+        const float byte = std::nearbyint(weight[exact] / candidate);
+        if (!(byte >= -128 && byte <= 127 && byte * candidate == weight[exact])) break;
+        ++exact;
+      }
+      if (exact == count) return candidate;
+    }
+  }
+  return largest / 127;
+}
+
 }  // namespace
 
 template <class T>
 Convolution<T>::Convolution(const Op& op, Shape in, Shape out, const float* weight, const float* bias, bool with_backward,
-                            const Kernels<T>& kernels)
+                            bool quantised, const LayerUpdate* update, const Kernels<T>& kernels)
     : op_(op), in_(in), out_(out), kernels_(kernels) {
   const int lanes = kernels.lanes, panel = kernels.lanes * kernels.panel_vectors, k = op.kernel;
   const int padded_out = (out.channels + lanes - 1) / lanes * lanes;
   bias_ = AlignedArray<T>(padded_out);
   std::copy(bias, bias + out.channels, bias_.data());
+  const int fan_in = op.depthwise ? 1 : in.channels;
   if (op.depthwise) {
     depthwise_row_ = padded_out;
     depthwise_ = AlignedArray<T>(k * k * depthwise_row_);
+  } else if (quantised) {
+    forward_bytes_ = PackedMatrix<int8_t>(k * k * in.channels, out.channels, lanes, panel);
+    if (with_backward) backward_bytes_ = PackedMatrix<int8_t>(k * k * out.channels, in.channels, lanes, panel);
+    scales_ = AlignedArray<float>(padded_out);
+    const int64_t count = static_cast<int64_t>(fan_in) * k * k;
+    for (int o = 0; o < out.channels; ++o) scales_.data()[o] = byte_scale(weight + o * count, count);
+    if (update) {
+      update_ = *update;
+      trained_ = AlignedArray<T>(update->count);
+    }
   } else {
     forward_ = PackedMatrix<T>(k * k * in.channels, out.channels, lanes, panel);
     if (with_backward) backward_ = PackedMatrix<T>(k * k * out.channels, in.channels, lanes, panel);
   }
-  const int fan_in = op.depthwise ? 1 : in.channels;
   for (int o = 0; o < out.channels; ++o) {
     for (int c = 0; c < fan_in; ++c) {
       for (int ky = 0; ky < k; ++ky) {
@@ -49,14 +81,30 @@ Convolution<T>::Convolution(const Op& op, Shape in, Shape out, const float* weig
 
 template <class T>
 int64_t Convolution<T>::resident_bytes() const {
-  return forward_.bytes() + backward_.bytes() + depthwise_.bytes() + bias_.bytes();
+  return forward_.bytes() + backward_.bytes() + forward_bytes_.bytes() + backward_bytes_.bytes() + scales_.bytes() +
+         trained_.bytes() + depthwise_.bytes() + bias_.bytes();
 }
 
 template <class T>
 T Convolution<T>::weight(int out, int in, int ky, int kx) const {
   const int tap = ky * op_.kernel + kx;
   if (op_.depthwise) return depthwise_.data()[tap * depthwise_row_ + out];
-  return forward_.at(static_cast<int64_t>(tap) * in_.channels + in, out);
+  const int64_t row = static_cast<int64_t>(tap) * in_.channels + in;
+  if (const int64_t trained = trained_index(out, in, tap); trained >= 0) return trained_.data()[trained];
+  if (forward_bytes_) return static_cast<T>(scales_.data()[out] * static_cast<float>(forward_bytes_.at(row, out)));
+  return forward_.at(row, out);
+}
+
+// Where a weight lies in `trained_`; -1 if it is not there.
+template <class T>
+int64_t Convolution<T>::trained_index(int out, int in, int tap) const {
+  if (!trained_) return -1;
+  const bool columns = update_.axis == Axis::kIn;
+  const std::vector<int32_t>& channels = update_.channels;
+  const auto at = std::lower_bound(channels.begin(), channels.end(), columns ? in : out);
+  if (at == channels.end() || *at != (columns ? in : out)) return -1;
+  const int64_t taps = static_cast<int64_t>(op_.kernel) * op_.kernel, s = at - channels.begin();
+  return columns ? (out * taps + tap) * static_cast<int64_t>(channels.size()) + s : (s * taps + tap) * in_.channels + in;
 }
 
 template <class T>
@@ -66,11 +114,22 @@ void Convolution<T>::set_weight(int out, int in, int ky, int kx, T value) {
     depthwise_.data()[tap * depthwise_row_ + out] = value;
     return;
   }
-  forward_.at(static_cast<int64_t>(tap) * in_.channels + in, out) = value;
-  if (backward_) {
-    // Kernel rows keep their order (taps name them); columns turn round, so that the product slides forwards over grad_output.
-    backward_.at(static_cast<int64_t>(ky * op_.kernel + op_.kernel - 1 - kx) * out_.channels + out, in) = value;
+  const int64_t row = static_cast<int64_t>(tap) * in_.channels + in;
+  // Kernel rows keep their order (taps name them); columns turn round, so that the product slides forwards over grad_output.
+  const int64_t backward_row = static_cast<int64_t>(ky * op_.kernel + op_.kernel - 1 - kx) * out_.channels + out;
+  if (const int64_t trained = trained_index(out, in, tap); trained >= 0) {
+    trained_.data()[trained] = value;
+    return;
   }
+  if (forward_bytes_) {
+    const float scale = scales_.data()[out];
+    const float byte = scale > 0 ? std::nearbyint(static_cast<float>(value) / scale) : 0;
+    forward_bytes_.at(row, out) = static_cast<int8_t>(std::clamp(byte, -128.0f, 127.0f));
+    if (backward_bytes_) backward_bytes_.at(backward_row, in) = forward_bytes_.at(row, out);
+    return;
+  }
+  forward_.at(row, out) = value;
+  if (backward_) backward_.at(backward_row, in) = value;
 }
 
 template <class T>
@@ -114,6 +173,63 @@ int64_t Convolution<T>::grad_input_scratch(const Op& op, int in_width, int out_c
 }
 
 template <class T>
+int64_t Convolution<T>::expanded_scratch(const Op& op, int inputs, int panel) {
+  return can_quantise(op) ? static_cast<int64_t>(op.kernel) * op.kernel * inputs * panel : 0;
+}
+
+// One matrix product with the weights of one direction.
+template <class T>
+void Convolution<T>::product(Gemm<T>& g, bool forward, T* expanded) const {
+  g.kernel_rows = op_.kernel;
+  g.until = g.outputs;
+  if (!forward_bytes_) {
+    g.weights = forward ? forward_.data() : backward_.data();
+    kernels_.gemm(g);
+    return;
+  }
+  // A panel at a time is expanded and used for all pixels.
+  ExpandPanel<T> e{};
+  e.bytes = forward ? forward_bytes_.data() : backward_bytes_.data();
+  e.rows = static_cast<int64_t>(g.kernel_rows) * g.depth;
+  e.out = expanded;
+  g.weights = expanded;
+  const int columns = g.outputs, lanes = kernels_.lanes;
+  for (g.first = 0; g.first < columns; g.first = g.until) {
+    e.width = std::min(lanes * kernels_.panel_vectors, (columns - g.first + lanes - 1) / lanes * lanes);
+    e.scales = scales_.data() + (forward ? g.first : 0);
+    e.scaled_rows = forward ? 0 : out_.channels;
+    kernels_.expand_panel(e);
+    if (trained_) insert_trained(expanded, forward, g.first, e.width);
+    g.until = std::min(columns, g.first + e.width);
+    kernels_.gemm(g);
+    e.bytes += e.rows * e.width;
+  }
+}
+
+// Trained weights over the bytes' values in an expanded panel of columns [first, first + width).
+template <class T>
+void Convolution<T>::insert_trained(T* panel, bool forward, int first, int width) const {
+  const int k = op_.kernel, taps = k * k, rows = forward ? in_.channels : out_.channels;
+  const int until = std::min(first + width, forward ? out_.channels : in_.channels);
+  const bool outs = update_.axis == Axis::kOut, trained_columns = forward == outs;
+  const int selected = static_cast<int>(update_.channels.size());
+  for (int s = 0; s < selected; ++s) {
+    const int channel = update_.channels[s];
+    if (trained_columns && (channel < first || channel >= until)) continue;
+    for (int tap = 0; tap < taps; ++tap) {
+      T* to = panel + static_cast<int64_t>(forward ? tap : tap / k * k + k - 1 - tap % k) * rows * width;
+      // The other channels of this one: rows of its column, or columns of its row.
+      const int begin = trained_columns ? 0 : first, end = trained_columns ? rows : until;
+      const int64_t step = trained_columns ? width : 1;
+      to += trained_columns ? channel - first : static_cast<int64_t>(channel) * width;
+      const T* from = trained_.data() + (outs ? (static_cast<int64_t>(s) * taps + tap) * in_.channels : tap * selected + s);
+      const int64_t stride = outs ? 1 : static_cast<int64_t>(taps) * selected;
+      for (int other = begin; other < end; ++other) to[(other - begin) * step] = from[other * stride];
+    }
+  }
+}
+
+template <class T>
 bool Convolution<T>::needs_image_sum(const Op& op, Shape out) {
   return op.dense() || (op.pointwise() && out.pixels() > kGradBlockPixels);
 }
@@ -152,22 +268,23 @@ void Convolution<T>::load_row(const T* tensor, const ImageSource<T>* image, Shap
 
 template <class T>
 void Convolution<T>::forward(RowView<const T> in, RowView<T> out, const ImageSource<T>* image, int begin, int until, T* scratch,
-                             int* loaded, const Epilogue<T>& epilogue) const {
+                             T* expanded, int* loaded, const Epilogue<T>& epilogue) const {
   Epilogue<T> e = epilogue;
   e.out = out.data;
   e.out_stride = e.addend_stride = out_.channels;
   e.bias = bias_.data();
   if (op_.pointwise()) {
-    forward_pointwise(in, out, begin, until, e);
+    forward_pointwise(in, out, begin, until, expanded, e);
   } else if (op_.depthwise) {
     forward_depthwise(in, out, begin, until, e);
   } else {
-    forward_dense(in, out, image, begin, until, scratch, loaded, e);
+    forward_dense(in, out, image, begin, until, scratch, expanded, loaded, e);
   }
 }
 
 template <class T>
-void Convolution<T>::forward_pointwise(RowView<const T> in, RowView<T> out, int begin, int until, const Epilogue<T>& e) const {
+void Convolution<T>::forward_pointwise(RowView<const T> in, RowView<T> out, int begin, int until, T* expanded,
+                                       const Epilogue<T>& e) const {
   const int tap = 0;
   for (int y = begin; y < until;) {
     // As many rows as lie side by side in both rings.
@@ -176,14 +293,13 @@ void Convolution<T>::forward_pointwise(RowView<const T> in, RowView<T> out, int 
     Gemm<T> g{};
     g.rows = &row;
     g.taps = &tap;
-    g.row_count = g.kernel_rows = 1;
+    g.row_count = 1;
     g.depth = in_.channels;
     g.pixel_stride = in_.channels;
     g.pixels = run * in_.width;
-    g.weights = forward_.data();
     g.outputs = out_.channels;
     g.epilogue = at_row(e, out_, y, out.held);
-    kernels_.gemm(g);
+    product(g, true, expanded);
     y += run;
   }
 }
@@ -217,7 +333,7 @@ void Convolution<T>::forward_depthwise(RowView<const T> in, RowView<T> out, int 
 
 template <class T>
 void Convolution<T>::forward_dense(RowView<const T> in, RowView<T> out, const ImageSource<T>* image, int begin, int until,
-                                   T* scratch, int* loaded, const Epilogue<T>& e) const {
+                                   T* scratch, T* expanded, int* loaded, const Epilogue<T>& e) const {
   const T* rows[kMaxKernel];
   int taps[kMaxKernel];
   const int k = op_.kernel;
@@ -228,8 +344,6 @@ void Convolution<T>::forward_dense(RowView<const T> in, RowView<T> out, const Im
   g.depth = k * in_.channels;
   g.pixel_stride = static_cast<int64_t>(op_.stride) * in_.channels;
   g.pixels = out_.width;
-  g.weights = forward_.data();
-  g.kernel_rows = k;
   g.outputs = out_.channels;
   for (int y = begin; y < until; ++y) {
     g.row_count = 0;
@@ -245,12 +359,12 @@ void Convolution<T>::forward_dense(RowView<const T> in, RowView<T> out, const Im
       taps[g.row_count++] = ky;
     }
     g.epilogue = at_row(e, out_, y, out.held);
-    kernels_.gemm(g);
+    product(g, true, expanded);
   }
 }
 
 template <class T>
-void Convolution<T>::grad_input(const T* grad_output, T* scratch, const Epilogue<T>& epilogue) const {
+void Convolution<T>::grad_input(const T* grad_output, T* scratch, T* expanded, const Epilogue<T>& epilogue) const {
   const T* rows[kMaxKernel];
   int taps[kMaxKernel];
   const int k = op_.kernel;
@@ -259,8 +373,6 @@ void Convolution<T>::grad_input(const T* grad_output, T* scratch, const Epilogue
   g.taps = taps;
   g.depth = k * out_.channels;
   g.pixel_stride = out_.channels;
-  g.weights = backward_.data();
-  g.kernel_rows = k;
   g.outputs = in_.channels;
   if (op_.pointwise()) {
     rows[0] = grad_output;
@@ -268,7 +380,7 @@ void Convolution<T>::grad_input(const T* grad_output, T* scratch, const Epilogue
     g.row_count = 1;
     g.pixels = static_cast<int>(in_.pixels());
     g.epilogue = epilogue;
-    kernels_.gemm(g);
+    product(g, false, expanded);
     return;
   }
   g.pixels = in_.width;
@@ -313,7 +425,7 @@ void Convolution<T>::grad_input(const T* grad_output, T* scratch, const Epilogue
     } else {
       g.row_count = count;
       g.epilogue = at_row(epilogue, in_, y, in_.height);
-      kernels_.gemm(g);
+      product(g, false, expanded);
     }
   }
 }

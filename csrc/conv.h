@@ -46,9 +46,12 @@ class Convolution {
  public:
   static constexpr int kMaxKernel = 15;
 
-  // `weight` (O, C / groups, k, k), `bias` (O); with_backward also packs the weights for grad_input.
-  Convolution(const Op& op, Shape in, Shape out, const float* weight, const float* bias, bool with_backward,
-              const Kernels<T>& kernels);
+  // `weight` (O, C / groups, k, k), `bias` (O); with_backward also packs the weights for grad_input. quantised: keep frozen
+  // weights as bytes with a scale for each output, exactly if they came from bytes, and those that `update` selects (if it is
+  // not null) as they are; the passes then need expanded_scratch.
+  Convolution(const Op& op, Shape in, Shape out, const float* weight, const float* bias, bool with_backward, bool quantised,
+              const LayerUpdate* update, const Kernels<T>& kernels);
+  static bool can_quantise(const Op& op) { return !op.depthwise; }
 
   const Op& op() const { return op_; }
   int64_t resident_bytes() const;
@@ -66,14 +69,16 @@ class Convolution {
   // Values of scratch that the passes need: `k` padded rows (dense), none otherwise.
   static int64_t forward_scratch(const Op& op, int in_width, int channels);
   static int64_t grad_input_scratch(const Op& op, int in_width, int out_channels);
+  // The same for one panel of `panel` columns of a matrix with `inputs` channels to sum over, where weights are quantised.
+  static int64_t expanded_scratch(const Op& op, int inputs, int panel);
 
   // Output rows [begin, until). `loaded` remembers across calls which padded input rows are there; start with 0. `epilogue` is
   // completed by bias, and by output rows: its pointers are those of row 0, its `out` a ring of out.held rows.
-  void forward(RowView<const T> in, RowView<T> out, const ImageSource<T>* image, int begin, int until, T* scratch, int* loaded,
-               const Epilogue<T>& epilogue) const;
+  void forward(RowView<const T> in, RowView<T> out, const ImageSource<T>* image, int begin, int until, T* scratch, T* expanded,
+               int* loaded, const Epilogue<T>& epilogue) const;
 
   // Whole tensors; `epilogue` at the first pixel of grad_input.
-  void grad_input(const T* grad_output, T* scratch, const Epilogue<T>& epilogue) const;
+  void grad_input(const T* grad_output, T* scratch, T* expanded, const Epilogue<T>& epilogue) const;
 
   // Adds the gradient of the selected weights to `total`, in the compact layout of LayerUpdate. `grad_output` holds the selected
   // channels only, side by side, if the axis is out or the layer depthwise; `input` likewise if the axis is in or the layer
@@ -85,15 +90,22 @@ class Convolution {
 
  private:
   void load_row(const T* tensor, const ImageSource<T>* image, Shape shape, int y, int spread, T* out, int before, int after) const;
-  void forward_pointwise(RowView<const T> in, RowView<T> out, int begin, int until, const Epilogue<T>& e) const;
+  void product(Gemm<T>& g, bool forward, T* expanded) const;
+  void insert_trained(T* panel, bool forward, int first, int width) const;
+  int64_t trained_index(int out, int in, int tap) const;
+  void forward_pointwise(RowView<const T> in, RowView<T> out, int begin, int until, T* expanded, const Epilogue<T>& e) const;
   void forward_depthwise(RowView<const T> in, RowView<T> out, int begin, int until, const Epilogue<T>& e) const;
   void forward_dense(RowView<const T> in, RowView<T> out, const ImageSource<T>* image, int begin, int until, T* scratch,
-                     int* loaded, const Epilogue<T>& e) const;
+                     T* expanded, int* loaded, const Epilogue<T>& e) const;
 
   Op op_;
   Shape in_, out_;
   const Kernels<T>& kernels_;
   PackedMatrix<T> forward_, backward_;
+  PackedMatrix<int8_t> forward_bytes_, backward_bytes_;  // instead of them, if quantised
+  AlignedArray<float> scales_;
+  LayerUpdate update_;         // quantised: of the weights that are no bytes, because they are trained
+  AlignedArray<T> trained_;    // those, as in a compact gradient
   AlignedArray<T> depthwise_;  // (k, k, C rounded up to lanes), both directions
   int64_t depthwise_row_ = 0;
   AlignedArray<T> bias_;
@@ -102,6 +114,10 @@ class Convolution {
 template <class T>
 template <class F>
 void Convolution<T>::update_weights(const LayerUpdate& update, F&& step) {
+  if (trained_) {
+    step(trained_.data(), update.offset, update.count);
+    return;
+  }
   constexpr int kRun = 256;
   const int k = op_.kernel, selected = static_cast<int>(update.channels.size());
   const bool columns = update.axis == Axis::kIn;

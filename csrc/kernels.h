@@ -50,7 +50,20 @@ struct Gemm {
   const T* weights;      // packed: panels of outputs, each [kernel row][depth][panel]; see pack.h
   int kernel_rows;       // kernel rows in the packed weights
   int outputs;           // O
-  Epilogue<T> epilogue;  // at the first pixel
+  int first, until;      // outputs to compute; `weights` starts with the panel of `first`, until is O or the end of a panel
+  Epilogue<T> epilogue;  // at the first pixel, for all outputs
+};
+
+// A panel of weights kept as bytes, expanded for gemm: out[row, i] = bytes[row, i] * its output's scale. In a forward pass the
+// layer's outputs are columns, in grad_input rows, where they come round once a tap.
+template <class T>
+struct ExpandPanel {
+  const int8_t* bytes;  // (rows, width)
+  int64_t rows;
+  int width;
+  const float* scales;
+  int scaled_rows;  // outputs of the layer if scales belong to rows, 0 if to the panel's columns
+  T* out;           // (rows, width)
 };
 
 // grad_weight of a pointwise or dense convolution, selected rows only:
@@ -152,6 +165,7 @@ struct Kernels {
   int lanes;          // values in a vector
   int panel_vectors;  // vectors in a full panel of packed weights
   void (*gemm)(const Gemm<T>&);
+  void (*expand_panel)(const ExpandPanel<T>&);
   void (*gemm_grad_weight)(const GemmGradWeight<T>&);
   void (*depthwise)(const Depthwise<T>&);
   void (*depthwise_grad_weight)(const DepthwiseGradWeight<T>&);

@@ -162,7 +162,7 @@ class Builder {
   }
   void emit(Instruction instruction) {
     for (int s : {instruction.in, instruction.out, instruction.grad, instruction.addend, instruction.mask, instruction.values,
-                  instruction.scratch, instruction.scratch2, instruction.scratch3}) {
+                  instruction.scratch, instruction.scratch2, instruction.scratch3, instruction.expanded}) {
       touch(s);
     }
     for (const Link& link : instruction.links) {
@@ -199,6 +199,18 @@ class Builder {
     return count == 0 ? -1 : values(label(op) + " padded rows", "scratch", count);
   }
 
+  // Room to expand a panel of quantised weights of any of `ops`; `backward`: of the matrix for grad_input.
+  int expanded_panel(const std::vector<int>& ops, bool backward = false) {
+    int64_t count = 0;
+    for (int op : ops) {
+      const Op& o = graph_.ops[op];
+      if (!plan_.quantised(o.layer)) continue;
+      const int inputs = graph_.shapes[o.inputs[0]].channels, outputs = graph_.shapes[op + 1].channels;
+      count = std::max(count, Convolution<float>::expanded_scratch(o, backward ? outputs : inputs, plan_.quantised_panel));
+    }
+    return count == 0 ? -1 : values(label(ops.back()) + " expanded weights", "scratch", count);
+  }
+
   // ---- forward ----
 
   // Convolutions [group.first, group.last] as one chain; inner tensors are rings.
@@ -228,6 +240,9 @@ class Builder {
       rows = (std::min(rows, shape.height) - 1) * graph_.ops[op].stride + graph_.ops[op].kernel;
       chain.links.insert(chain.links.begin(), link);
     }
+    std::vector<int> convolutions(group.last - group.first + 1);
+    std::iota(convolutions.begin(), convolutions.end(), group.first);
+    chain.expanded = expanded_panel(convolutions);
     emit(std::move(chain));
   }
 
@@ -289,6 +304,7 @@ class Builder {
       link.ring_rows = chain.strip_rows = graph_.shapes[op + 1].height;
       link.padded = padded_rows(op, graph_.shapes[o.inputs[0]].channels);
       chain.links.push_back(link);
+      chain.expanded = expanded_panel({op});
       const int in = chain.in;
       emit(std::move(chain));
       save_input(op, in);
@@ -455,6 +471,7 @@ class Builder {
       i.grad = grad;
       const int64_t padded = Convolution<float>::grad_input_scratch(o, in.width, out.channels);
       if (padded > 0) i.scratch = values(label(op) + " padded gradient rows", "scratch", padded);
+      i.expanded = expanded_panel({op}, true);
       contribute(o.inputs[0], std::move(i));
     }
   }
@@ -618,6 +635,8 @@ BudgetError::BudgetError(int64_t limit, int64_t needed)
                          std::to_string(needed)),
       needed_bytes(needed) {}
 
+bool Plan::quantised(int layer) const { return quantised_panel > 0 && Convolution<float>::can_quantise(graph.layer_op(layer)); }
+
 Plan make_plan(const Graph& graph, const PlanRequest& request) {
   check(graph, request);
   Plan base;
@@ -628,6 +647,7 @@ Plan make_plan(const Graph& graph, const PlanRequest& request) {
   base.max_ways = request.max_ways;
   base.value_bytes = request.value_bytes;
   base.guard_bytes = request.guard_bytes;
+  base.quantised_panel = request.quantised_panel;
   for (LayerUpdate& u : base.updates) {
     u.offset = base.gradient_count;
     const int64_t out = graph.layer_output(u.layer).channels;

@@ -45,6 +45,7 @@ struct PlanRequest {
   int threads = 1;
   int64_t memory_bytes = 0;  // hard limit; 0: none
   int value_bytes = 4;       // of the session's scalar type
+  int quantised_panel = 0;   // columns in a panel of packed weights, if frozen weights are to be kept as bytes
   int64_t guard_bytes = 0;   // tests: bytes behind every slot that nothing may touch
 };
 
@@ -93,6 +94,7 @@ struct Instruction {
   int update = -1;     // index into updates
   int fisher = -1;     // index into fisher_layers
   int strip_rows = 0;  // chain: rows of its last output at a time
+  int expanded = -1;   // slot of one panel of quantised weights
   std::vector<Link> links;
 };
 
@@ -123,6 +125,7 @@ struct Plan {
   bool recompute = false;    // Fisher block by block, recomputing
   bool thin_strips = false;  // one row at a time
   int value_bytes = 4;
+  int quantised_panel = 0;
   int64_t gradient_count = 0, fisher_count = 0;
   std::vector<char> needs_grad;  // per tensor
 
@@ -131,6 +134,9 @@ struct Plan {
   Program embed, train;  // train.steps is empty if nothing is updated or inspected
   int64_t shared_bytes = 0, workspace_stride = 0, workspace_bytes = 0;
   int64_t peak_bytes = 0;
+
+  // Whether a layer's frozen weights are kept as bytes: all but the depthwise ones, which are few.
+  bool quantised(int layer) const;
 };
 
 struct BudgetError : std::runtime_error {

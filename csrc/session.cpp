@@ -61,8 +61,13 @@ Session<T>::Session(const Graph& graph, const std::vector<LayerValues>& layers, 
   layers_.reserve(layers.size());
   for (size_t l = 0; l < layers.size(); ++l) {
     const Op& op = graph_.layer_op(static_cast<int>(l));
+    const LayerUpdate* trained = nullptr;
+    for (const LayerUpdate& u : plan_.updates) {
+      if (u.layer == static_cast<int>(l) && !u.bias) trained = &u;
+    }
     layers_.emplace_back(op, graph_.layer_input(static_cast<int>(l)), graph_.layer_output(static_cast<int>(l)), layers[l].weight,
-                         layers[l].bias, plan_.needs_grad[op.inputs[0]] != 0, kernels_);
+                         layers[l].bias, plan_.needs_grad[op.inputs[0]] != 0, plan_.quantised(static_cast<int>(l)), trained,
+                         kernels_);
   }
   arena_ = AlignedArray<char>(plan_.peak_bytes);
   std::memset(arena_.data(), kPattern, static_cast<size_t>(plan_.peak_bytes));
@@ -534,7 +539,7 @@ void Session<T>::run_steps(Worker& worker, Pass& pass, const Program& program, i
       }
       case Step::kGradWeight: grad_weight(worker, step); break;
       case Step::kGradInput:
-        layers_[op.layer].grad_input(slot(step.grad), slot(step.scratch),
+        layers_[op.layer].grad_input(slot(step.grad), slot(step.scratch), slot(step.expanded),
                                      backward_epilogue(worker, step, graph_.shapes[op.inputs[0]].channels));
         break;
       case Step::kFisherSum:
@@ -582,7 +587,7 @@ void Session<T>::produce(Worker& worker, const Instruction& step, int index, int
   e.addend = slot(link.addend);
   e.mask_out = reinterpret_cast<uint8_t*>(slot(link.mask));
   layers_[op.layer].forward(input, {slot(link.out), link.ring_rows}, &worker.image, worker.done[index], until, slot(link.padded),
-                            &worker.loaded[index], e);
+                            slot(step.expanded), &worker.loaded[index], e);
   worker.done[index] = until;
 }
 

@@ -126,6 +126,21 @@ def test_adapt_and_classify(capsys, network, support, query, out):
     assert {photo["label"] for photo in sure["photos"]} == {"unknown"}
 
 
+def test_adapt_with_cached_views_and_frozen_bytes(capsys, network, support, out, tmp_path):
+    options = ("--views", 2, "--frozen-weights", "int8", "--cache-dir", tmp_path)
+    common = adapt_arguments(network, support, out)
+    found = document_of(capsys, *common, *options, "--ratio", 0.1, "--compute", 0.01)
+    assert found["cache_bytes"] > 0
+    tight = document_of(capsys, *common, *options, "--ratio", 0.1, "--compute", 0.01, "--cache", 10)
+    assert tight["cache_bytes"] == 0
+    assert tight["loss"] == found["loss"]
+    code, text, _ = run(capsys, *common, *options, "--ratio", 0.1, "--compute", 0.01)
+    assert code == 0
+    assert "views behind the frozen layers" in text
+    code, _, errors = run(capsys, *common, "--views", 2, "--cache-dir", tmp_path / "nowhere")
+    assert (code, "nowhere" in errors) == (2, True)
+
+
 def test_what_people_see(capsys, network, support, query, out):
     code, text, errors = run(capsys, *adapt_arguments(network, support, out), "--query", query)
     assert (code, errors) == (0, "")

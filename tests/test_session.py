@@ -938,3 +938,65 @@ def test_requests_are_checked():
         Session(network, dtype="half")
     with pytest.raises(ValueError, match="isa: unknown instruction set 'sse9'"):
         Session(network, isa="sse9")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_frozen_bytes_are_exact_where_weights_came_from_bytes(dtype):
+    """An imported network's weights are int8 times a scale: kept so, the results are the same."""
+    rng = np.random.default_rng(4)
+    network = tiny_network()
+    network = network.replace(
+        weights=tuple(
+            rng.integers(-128, 128, w.shape).astype(np.float32)
+            * rng.uniform(0.001, 0.02, (len(w), 1, 1, 1)).astype(np.float32)
+            for w in network.weights
+        )
+    )
+    last = len(network.convolutions) - 1
+    policy = UpdatePolicy(
+        {last - 1: LayerUpdate("out", (0, 3)), last: LayerUpdate("in", (1, 2))}, (last - 2,)
+    )
+    images, labels = shapes_task(shots=3)
+    sessions = [
+        Session(
+            network,
+            policy,
+            fisher_layers=(last - 3, last),
+            optimizer="adam",
+            dtype=dtype,
+            frozen_weights=kind,
+            guard_bytes=64,
+        )
+        for kind in ("float32", "int8")
+    ]
+    for _ in range(3):
+        for session in sessions:
+            session.set_prototypes(images, labels, 3)
+        rows = [session.proto_backward(images, labels) for session in sessions]
+        assert rows[0] == rows[1]
+        for name in ("gradients", "bias_gradients", "fisher"):
+            found, bytewise = (getattr(session, name)() for session in sessions)
+            for layer, values in found.items():
+                assert values.any()
+                np.testing.assert_array_equal(values, bytewise[layer])
+        for session in sessions:
+            session.step(1e-3)
+            session.zero_grad()
+            assert session.broken_guard() == ""
+    plain, bytewise = sessions
+    for before, after in zip(plain.network().weights, bytewise.network().weights, strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert bytewise.plan.resident_weight_bytes < 0.6 * plain.plan.resident_weight_bytes
+
+
+def test_frozen_bytes_round_weights_that_were_never_bytes():
+    network = tiny_network()
+    images, _ = shapes_task(shots=2)
+    session = Session(network, frozen_weights="int8")
+    rounded = session.network()
+    for layer, (before, after) in enumerate(zip(network.weights, rounded.weights, strict=True)):
+        largest = np.abs(before).max(axis=(1, 2, 3), keepdims=True)
+        assert (np.abs(before - after) <= largest / 127 / 2 * 1.0001).all(), layer
+    np.testing.assert_array_equal(session.embed(images), Session(rounded).embed(images))
+    with pytest.raises(ValueError, match="frozen_weights: expected float32 or int8, got int4"):
+        Session(network, frozen_weights="int4")

@@ -10,6 +10,7 @@ namespace {
 void add_pointwise(Kernels<T>& table) {
   table.panel_vectors = kPanelVectors;
   table.gemm = gemm;
+  table.expand_panel = expand_panel;
   table.gemm_grad_weight = gemm_grad_weight;
 }
 

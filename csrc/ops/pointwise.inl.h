@@ -79,10 +79,26 @@ int gemm_panel_of(const Gemm<T>& g, const T* panel, int channel, int vectors) {
 void gemm(const Gemm<T>& g) {
   const int64_t panel_rows = static_cast<int64_t>(g.kernel_rows) * g.depth;
   const T* panel = g.weights;
-  for (int channel = 0; channel < g.outputs;) {
-    const int width = gemm_panel_of<kPanelVectors>(g, panel, channel, (g.outputs - channel + kLanes - 1) / kLanes);
+  for (int channel = g.first; channel < g.until;) {
+    const int width = gemm_panel_of<kPanelVectors>(g, panel, channel, (g.until - channel + kLanes - 1) / kLanes);
     panel += panel_rows * width;
     channel += width;
+  }
+}
+
+void expand_panel(const ExpandPanel<T>& e) {
+  const int8_t* bytes = e.bytes;
+  T* out = e.out;
+  int output = 0;  // of a scaled row
+  for (int64_t row = 0; row < e.rows; ++row) {
+    const float row_scale = e.scaled_rows > 0 ? e.scales[output] : 0;
+    if (++output == e.scaled_rows) output = 0;
+    for (int i = 0; i < e.width; i += kLanes, bytes += kLanes, out += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const float scale = e.scaled_rows > 0 ? row_scale : e.scales[i + lane];
+        out[lane] = static_cast<T>(scale * static_cast<float>(bytes[lane]));
+      }
+    }
   }
 }
 

@@ -27,6 +27,7 @@ def plan(
     keep_images: int,
     threads: int,
     memory_bytes: int,
+    frozen_weights: str,
 ) -> dict[str, Any]: ...
 
 class _Session(Generic[_T]):
@@ -48,6 +49,7 @@ class _Session(Generic[_T]):
         memory_bytes: int,
         guard_bytes: int,
         isa: str,
+        frozen_weights: str,
     ) -> None: ...
     def plan(self) -> dict[str, Any]: ...
     def isa(self) -> str: ...

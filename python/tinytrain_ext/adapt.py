@@ -96,6 +96,7 @@ def adapt(
     learning_rate: float | None = None,
     biases: bool = False,
     views: Views | None = None,
+    frozen_weights: str = "float32",
     threads: int = 1,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
@@ -108,7 +109,8 @@ def adapt(
     selection, no limit by default. ratio, biases: see `select`.
     optimizer: "adam", "momentum" or "sgd"; learning_rate: 1e-3, 1e-2 or 1e-1 by default.
     views: a fixed set of pseudo-query views with a cache of what the frozen prefix makes of them;
-    by default every iteration draws fresh ones, as in the paper.
+    by default every iteration draws fresh ones, as in the paper. frozen_weights: "float32", or
+    "int8" to keep what is not trained in a quarter of the bytes (see `Session`).
     progress: called with (phase, done, total). The result depends on seed, not on threads.
 
     Raises BudgetExceeded, naming the smallest budget that would do, before any training starts;
@@ -141,12 +143,19 @@ def adapt(
             biases=biases,
             max_ways=ways,
             threads=threads,
+            frozen_weights=frozen_weights,
         )
         report("fisher", 0, 1)
         with _timed(timings, "fisher"):  # lines 1 and 2
             try:
                 fisher = fisher_pass(
-                    network, images, labels, rng=rng, threads=threads, memory_bytes=memory_bytes
+                    network,
+                    images,
+                    labels,
+                    rng=rng,
+                    threads=threads,
+                    memory_bytes=memory_bytes,
+                    frozen_weights=frozen_weights,
                 )
             except BudgetExceeded as error:
                 raise _smallest(error, costs, budget, choose) from error
@@ -164,6 +173,7 @@ def adapt(
         keep_images=count,
         threads=threads,
         memory_bytes=memory_bytes,
+        frozen_weights=frozen_weights,
     )
     with _timed(timings, "embed"):
         session.set_prototypes(images, labels, ways, keep=True)

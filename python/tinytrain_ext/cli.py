@@ -45,7 +45,8 @@ from .offline.commands import (
 )
 from .offline.commands import render as report_training
 from .selection import Budget, UpdatePolicy, full_train, last_layer, select, sparse_update
-from .session import OPTIMIZERS, plan
+from .session import FROZEN_WEIGHTS, OPTIMIZERS, plan
+from .views import Views
 
 __all__ = ["main"]
 
@@ -240,6 +241,8 @@ def _adapted(
         iterations=args.iterations,
         optimizer=args.optimizer,
         learning_rate=args.learning_rate,
+        views=None if args.views is None else Views(args.views, args.cache, args.cache_dir),
+        frozen_weights=args.frozen_weights,
         threads=args.threads,
         seed=args.seed,
         progress=args.progress,
@@ -288,6 +291,7 @@ def _adapted(
         "peak_resident_growth_bytes": grown,
         "resident_weight_bytes": result.plan.resident_weight_bytes,
         "photo_bytes": support.images.nbytes,
+        "cache_bytes": result.cache_bytes,
         "threads": result.plan.threads,
         "seconds": {
             "load": load_seconds,
@@ -601,6 +605,30 @@ def _add_adaptation_arguments(parser: argparse.ArgumentParser) -> None:
         type=_number(0, float("inf"), above=True),
         metavar="RATE",
         help="default: chosen for the optimizer",
+    )
+    parser.add_argument(
+        "--views",
+        type=_whole(1),
+        metavar="N",
+        help="train on a fixed set of N augmented views of each photo, so that frozen layers see "
+        "each view once only; faster (default: fresh views for every iteration, as in the paper)",
+    )
+    parser.add_argument(
+        "--cache",
+        type=_parse_size,
+        default=Views.cache_bytes,
+        metavar="SIZE",
+        help="beside --memory, for what frozen layers make of --views (default: 32MiB)",
+    )
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="keep that in a file there, not in RAM"
+    )
+    parser.add_argument(
+        "--frozen-weights",
+        choices=FROZEN_WEIGHTS,
+        default=FROZEN_WEIGHTS[0],
+        help="int8: keep what is not trained as bytes; slower, exact for imported networks "
+        "(default: float32)",
     )
     parser.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="default: 0")
 

@@ -76,6 +76,7 @@ def fisher_pass(
     layers: Iterable[int] | None = None,
     threads: int = 1,
     memory_bytes: int | None = None,
+    frozen_weights: str = "float32",
 ) -> FisherPass:
     """`fisher_information` with the plan and the memory it used."""
     from .session import Session
@@ -87,6 +88,7 @@ def fisher_pass(
         max_ways=ways,
         threads=threads,
         memory_bytes=memory_bytes,
+        frozen_weights=frozen_weights,
     )
     session.set_prototypes(images, labels, ways)
     augmentation = draw_augmentation(len(images), network.input_size, rng)

@@ -47,6 +47,10 @@ def adaptation(found: Document) -> str:
         f"  planned peak {size_text(found['planned_peak_bytes'])}, "
         f"measured {size_text(found['arena_high_water_bytes'])}"
     )
+    if found["cache_bytes"]:
+        lines.append(
+            f"  beside it: views behind the frozen layers {size_text(found['cache_bytes'])}"
+        )
     lines.append(
         f"  the process grew by {size_text(found['peak_resident_growth_bytes'])}, of which the "
         f"weights as kernels read them are {size_text(found['resident_weight_bytes'])}"

@@ -178,6 +178,7 @@ def select(
     biases: bool = False,
     max_ways: int = 50,
     threads: int = 1,
+    frozen_weights: str = "float32",
     peak_bytes: Callable[[UpdatePolicy], int] | None = None,
 ) -> UpdatePolicy:
     """TinyTrain's dynamic layer and channel selection (Algorithm 1, line 4).
@@ -188,7 +189,7 @@ def select(
     layer on, too.
 
     peak_bytes: memory of a policy under "planner" accounting, in bytes; by default the peak of
-    the engine's own plan for `optimizer`, `max_ways` and `threads`.
+    the engine's own plan for `optimizer`, `max_ways`, `threads` and `frozen_weights`.
 
     Raises BudgetExceeded, naming the smallest budget that would do, when not one layer fits.
     """
@@ -204,7 +205,9 @@ def select(
     elif peak_bytes is not None:
         memory = peak_bytes
     else:
-        memory = _planned_peak(profile.network, budget, optimizer, max_ways, threads)
+        memory = _planned_peak(
+            profile.network, budget, optimizer, max_ways, threads, frozen_weights
+        )
 
     def policy_of(layers: dict[int, LayerUpdate]) -> UpdatePolicy:
         trained = range(min(layers), len(profile.layers)) if biases else ()
@@ -283,7 +286,12 @@ def sparse_update(network: Network, biases: bool = False) -> UpdatePolicy:
 
 
 def _planned_peak(
-    network: Network, budget: Budget, optimizer: str, max_ways: int, threads: int
+    network: Network,
+    budget: Budget,
+    optimizer: str,
+    max_ways: int,
+    threads: int,
+    frozen_weights: str,
 ) -> Callable[[UpdatePolicy], int]:
     """Peak bytes of the engine's plan for a policy; of the smallest one, where none fits."""
     from .session import plan
@@ -297,6 +305,7 @@ def _planned_peak(
                 max_ways=max_ways,
                 threads=threads,
                 memory_bytes=budget.memory_bytes,
+                frozen_weights=frozen_weights,
             ).peak_bytes
         except BudgetExceeded as error:
             if error.needed_bytes is None:

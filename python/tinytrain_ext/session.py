@@ -19,9 +19,10 @@ from .images import Augmentation
 from .network import Network
 from .selection import UpdatePolicy
 
-__all__ = ["OPTIMIZERS", "Plan", "PlanSlot", "Prefix", "Session", "plan"]
+__all__ = ["FROZEN_WEIGHTS", "OPTIMIZERS", "Plan", "PlanSlot", "Prefix", "Session", "plan"]
 
 OPTIMIZERS = ("adam", "sgd", "momentum")
+FROZEN_WEIGHTS = ("float32", "int8")
 _MOMENTUM = 0.9
 _MAX_WAYS = 50
 
@@ -163,6 +164,7 @@ def plan(
     keep_images: int = 0,
     threads: int = 1,
     memory_bytes: int | None = None,
+    frozen_weights: str = "float32",
 ) -> Plan:
     """The plan a Session with these arguments would have, without making one.
 
@@ -181,6 +183,7 @@ def plan(
             keep_images=keep_images,
             threads=threads,
             memory_bytes=memory_bytes or 0,
+            frozen_weights=frozen_weights,
         )
     )
 
@@ -206,8 +209,11 @@ class Session:
     optimizer: "adam" (0.9, 0.999), "sgd" or "momentum" (0.9). max_ways: classes there is room for.
     keep_images: images whose frozen-prefix output to keep between `update_prototypes` calls, if
     memory_bytes carries it. threads: workers; fewer where memory_bytes does not carry them.
-    memory_bytes: hard limit of the arena in bytes. dtype: "float32", or "float64" on the scalar
-    instruction set (for comparisons to rounding error).
+    memory_bytes: hard limit of the arena in bytes. frozen_weights: "float32", or "int8" to keep the
+    weights of frozen layers (depthwise ones apart) as bytes with a scale for each output channel,
+    expanded a panel at a time when they are used; exact for networks that were quantised this way
+    before, such as imported ones, and rounded for others. dtype: "float32", or "float64" on the
+    scalar instruction set (for comparisons to rounding error).
 
     Raises BudgetExceeded if no plan fits memory_bytes, naming the smallest that does.
     """
@@ -223,6 +229,7 @@ class Session:
         keep_images: int = 0,
         threads: int = 1,
         memory_bytes: int | None = None,
+        frozen_weights: str = "float32",
         dtype: str = "float32",
         isa: str = "",
         guard_bytes: int = 0,
@@ -232,6 +239,7 @@ class Session:
             raise ValueError(f"dtype: expected 'float32' or 'float64', got {dtype!r}")
         self._network = network
         self._policy = policy or UpdatePolicy({})
+        self._quantised = frozen_weights == "int8"
         self._fisher_layers = tuple(fisher_layers)
         self.dtype = np.dtype(dtype)
         core = _core.Session32 if dtype == "float32" else _core.Session64
@@ -251,6 +259,7 @@ class Session:
             memory_bytes=memory_bytes or 0,
             guard_bytes=guard_bytes,
             isa=isa,
+            frozen_weights=frozen_weights,
         )
         self.plan = _plan_of(self._core.plan(), self._core.resident_weight_bytes())
         self.isa: str = self._core.isa()
@@ -426,9 +435,10 @@ class Session:
         self._core.step(learning_rate, _MOMENTUM)
 
     def network(self) -> Network:
-        """The network with its updated weights."""
+        """The network with its updated weights; all weights as they were used, if quantised."""
         weights, biases = list(self._network.weights), list(self._network.biases)
-        for layer in {*self._policy.layers, *self._policy.biases}:
+        changed = {*self._policy.layers, *self._policy.biases}
+        for layer in range(len(weights)) if self._quantised else changed:
             weight, bias = self._core.layer(layer)
             weights[layer] = np.asarray(weight, np.float32)
             biases[layer] = np.asarray(bias, np.float32)
