@@ -6,8 +6,9 @@ For each imported network and test domain (traffic signs, Omniglot's evaluation 
 5 to 20 ways, 3 to 10 shots, up to 9 queries a class from the remaining images (traffic signs: from
 other tracks), adapted by `tinytrain_ext.adapt` within 1 MiB and 15 %. Same episodes for every
 network. Nothing is chosen on these domains: --domains clothing grocery sign_digits are there for
-that. --views compares fresh pseudo-queries (0) with fixed sets of so many cached views. One JSON
-line an episode in --out, which a second run continues; a table at the end.
+that. --variants compares ways to adapt on the same episodes: "default", or what differs from it,
+such as views=8, optimizer=in_place_sgd or frozen_weights=int8,views=4. One JSON line an episode in
+--out, which a second run continues; a table at the end.
 """
 
 from __future__ import annotations
@@ -133,6 +134,22 @@ def run_episode(
     }
 
 
+def options_of(variant: str) -> dict[str, Any]:
+    """Arguments of `adapt` by a variant's name."""
+    options: dict[str, Any] = {}
+    for entry in variant.split(",") if variant != "default" else ():
+        name, _, value = entry.partition("=")
+        if name == "views":
+            options[name] = Views(int(value))
+        elif name in ("optimizer", "frozen_weights"):
+            options[name] = value
+        elif name == "learning_rate":
+            options[name] = float(value)
+        else:
+            raise ValueError(f"--variants: unknown {name!r}")
+    return options
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half of its 95 % interval."""
     return float(np.mean(values)), float(1.96 * np.std(values, ddof=1) / np.sqrt(len(values)))
@@ -149,7 +166,7 @@ def main() -> int:
     )
     parser.add_argument("--memory", type=int, default=1 << 20, help="bytes")
     parser.add_argument("--compute", type=float, default=0.15)
-    parser.add_argument("--views", type=int, nargs="+", default=[0], help="0: fresh ones (default)")
+    parser.add_argument("--variants", nargs="+", default=["default"], metavar="NAME=VALUE,...")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--out", type=Path, required=True, help="JSON lines; continued if it exists"
@@ -166,38 +183,32 @@ def main() -> int:
         if arguments.out.exists()
         else []
     )
-    done = {(row["network"], row["domain"], row["episode"], row.get("views", 0)) for row in rows}
+    done = {(row["network"], row["variant"], row["domain"], row["episode"]) for row in rows}
     budget = tt.Budget(memory_bytes=arguments.memory, compute=arguments.compute)
     with arguments.out.open("a") as out:
         for name in arguments.networks:
             network = import_int8(weights / f"{NETWORKS[name]}.pkl")
             for domain in arguments.domains:
-                for episode, views in product(range(arguments.episodes), arguments.views):
-                    if (name, domain, episode, views) in done:
+                for episode, variant in product(range(arguments.episodes), arguments.variants):
+                    if (name, variant, domain, episode) in done:
                         continue
-                    options = {
-                        "threads": arguments.threads,
-                        "views": Views(views) if views else None,
-                    }
+                    options = {"threads": arguments.threads, **options_of(variant)}
                     row = run_episode(network, domain, data, episode, budget, **options)
-                    rows.append({"network": name, "views": views, **row})
+                    rows.append({"network": name, "variant": variant, **row})
                     out.write(json.dumps(rows[-1]) + "\n")
                     out.flush()
-    head = f"{'network':<14}{'domain':<14}{'views':>6}{'n':>4}"
+    head = f"{'network':<14}{'domain':<14}{'variant':<26}{'n':>4}"
     print(f"{head}  {'before':>13}  {'after':>13}  {'gain':>13}  {'CPU s':>6}")
-    for name, domain, views in product(arguments.networks, arguments.domains, arguments.views):
-        mine = [
-            r
-            for r in rows
-            if (r["network"], r["domain"], r.get("views", 0)) == (name, domain, views)
-        ]
+    for cell in product(arguments.networks, arguments.domains, arguments.variants):
+        mine = [r for r in rows if (r["network"], r["domain"], r["variant"]) == cell]
         before = [100 * r["accuracy_before"] for r in mine]
         after = [100 * r["accuracy_after"] for r in mine]
         cells = [interval(before), interval(after)]
         cells.append(interval([a - b for a, b in zip(after, before, strict=True)]))
         text = "  ".join(f"{mean:6.1f} +-{half:4.1f}" for mean, half in cells)
         seconds = np.mean([r["cpu_seconds"] for r in mine])
-        print(f"{name:<14}{domain:<14}{views:>6}{len(mine):>4}  {text}  {seconds:6.2f}")
+        name, domain, variant = cell
+        print(f"{name:<14}{domain:<14}{variant:<26}{len(mine):>4}  {text}  {seconds:6.2f}")
     return 0
 
 

@@ -95,14 +95,16 @@ PlanRequest make_request(const std::vector<UpdateTuple>& updates, const std::vec
     request.updates.push_back(u);
   }
   request.fisher_layers = fisher_layers;
-  if (optimizer == "sgd") {
+  if (optimizer == "in_place_sgd") {
+    request.optimizer = Optimizer::kInPlaceSgd;
+  } else if (optimizer == "sgd") {
     request.optimizer = Optimizer::kSgd;
   } else if (optimizer == "momentum") {
     request.optimizer = Optimizer::kMomentum;
   } else if (optimizer == "adam") {
     request.optimizer = Optimizer::kAdam;
   } else {
-    throw py::value_error("optimizer: expected adam, sgd or momentum, got " + optimizer);
+    throw py::value_error("optimizer: expected adam, sgd, momentum or in_place_sgd, got " + optimizer);
   }
   request.max_ways = max_ways;
   request.keep_images = keep_images;
@@ -318,8 +320,14 @@ class PySession {
     session_->step(learning_rate, momentum);
   }
 
+  void set_in_place_rate(double learning_rate) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    session_->set_in_place_rate(learning_rate);
+  }
+
   Array<T> gradient(int index) const {
     Array<T> out(gradient_shape(index));
+    if (session_->plan().gradient < 0) throw py::value_error("gradient: was applied in place and is not kept");
     const std::lock_guard<std::mutex> lock(mutex_);
     session_->copy_gradient(index, out.mutable_data());
     return out;
@@ -653,6 +661,7 @@ void bind(py::module_& m, const char* session, const char* convolution) {
       .def("set_selected", &S::set_selected, py::arg("index"), py::arg("values").noconvert())
       .def("zero_grad", &S::zero_grad)
       .def("step", &S::step, py::arg("learning_rate"), py::arg("momentum"))
+      .def("set_in_place_rate", &S::set_in_place_rate, py::arg("learning_rate"))
       .def("gradient", &S::gradient, py::arg("index"))
       .def("fisher", &S::fisher)
       .def("layer", &S::layer, py::arg("number"))

@@ -430,6 +430,13 @@ class Builder {
     }
   }
 
+  // In-place SGD: where one image's gradient of one layer waits until the layer's own weights have served the backward.
+  int layer_gradient(int op, int update) {
+    if (plan_.optimizer != Optimizer::kInPlaceSgd) return -1;
+    layer_gradients_.resize(plan_.updates.size(), -1);
+    return layer_gradients_[update] = values(label(op) + " gradient of its weights", "gradient", plan_.updates[update].count);
+  }
+
   void backward_conv(int op, int grad) {
     const Op& o = graph_.ops[op];
     const Shape in = graph_.shapes[o.inputs[0]], out = graph_.shapes[op + 1];
@@ -446,6 +453,7 @@ class Builder {
       Instruction i = instruction(Step::kGradBias, op);
       i.grad = grad;
       i.update = bias;
+      i.out = layer_gradient(op, bias);
       emit(std::move(i));
     }
     const int update = update_of(op, false);
@@ -464,6 +472,7 @@ class Builder {
         i.scratch2 = values(label(op) + " gradient of one image", "scratch", u.count);
       }
       i.scratch3 = padded_rows(op, u.axis == Axis::kIn ? selected : in.channels);
+      i.out = layer_gradient(op, update);
       emit(std::move(i));
     }
     if (plan_.needs_grad[o.inputs[0]]) {
@@ -473,6 +482,13 @@ class Builder {
       if (padded > 0) i.scratch = values(label(op) + " padded gradient rows", "scratch", padded);
       i.expanded = expanded_panel({op}, true);
       contribute(o.inputs[0], std::move(i));
+    }
+    for (int u : {bias, update}) {
+      if (u < 0 || layer_gradients_.empty()) continue;
+      Instruction i = instruction(Step::kApply, op);
+      i.in = layer_gradients_[u];
+      i.update = u;
+      emit(std::move(i));
     }
   }
 
@@ -565,7 +581,7 @@ class Builder {
   }
   void build_shared() {
     const int64_t gradient = plan_.gradient_count * plan_.value_bytes;
-    plan_.gradient = shared("gradients", "gradient", gradient);
+    if (plan_.optimizer != Optimizer::kInPlaceSgd) plan_.gradient = shared("gradients", "gradient", gradient);
     if (state_words(plan_.optimizer) > 0) {
       plan_.first_moment = shared(plan_.optimizer == Optimizer::kAdam ? "Adam first moment" : "momentum", "optimizer", gradient);
     }
@@ -586,6 +602,7 @@ class Builder {
   int range_first_ = 0;
   Program* program_ = nullptr;
   std::vector<int> tensors_, masks_, saved_;  // slots by tensor, tensor, operation
+  std::vector<int> layer_gradients_;          // slots by update; empty unless gradients are applied in place
   std::vector<Gradient> gradients_;
 };
 
@@ -621,6 +638,10 @@ void check(const Graph& graph, const PlanRequest& request) {
   }
   if (request.threads < 1 || request.threads > 64) {
     throw std::invalid_argument("threads: expected 1 to 64, got " + std::to_string(request.threads));
+  }
+  if (request.optimizer == Optimizer::kInPlaceSgd && request.threads > 1) {
+    throw std::invalid_argument("threads: expected 1 with in-place SGD, whose weights change from image to image, got " +
+                                std::to_string(request.threads));
   }
   if (request.max_ways < 1 || request.max_ways > 100000) {
     throw std::invalid_argument("max_ways: expected 1 to 100000, got " + std::to_string(request.max_ways));

@@ -33,8 +33,12 @@ struct LayerUpdate {
   int64_t count = 0;   // values
 };
 
-enum class Optimizer { kSgd, kMomentum, kAdam };
-inline int state_words(Optimizer optimizer) { return static_cast<int>(optimizer); }
+// kInPlaceSgd has no gradient buffer either: each layer's gradient of one image is applied as soon as the backward has done with
+// its weights, an image at a time.
+enum class Optimizer { kInPlaceSgd, kSgd, kMomentum, kAdam };
+inline int state_words(Optimizer optimizer) {
+  return optimizer == Optimizer::kAdam ? 2 : optimizer == Optimizer::kMomentum ? 1 : 0;
+}
 
 struct PlanRequest {
   std::vector<LayerUpdate> updates;
@@ -68,6 +72,7 @@ enum class Step {
   kGradBias,
   kGradWeight,
   kGradInput,
+  kApply,  // in-place SGD: a layer's gradient onto its weights
   kFisherSum,
   kEpilogue,  // mask (and Fisher) where no other step could apply it
   kSumGradients,

@@ -39,6 +39,7 @@ struct Session<T>::Pass {
   const char* saved = nullptr;           // backward_saved: the same
   const T* feature_gradients = nullptr;  // backward
   double scale = 0, weight = 0;          // proto_backward
+  bool exploded = false;                 // in-place SGD met a gradient that is not finite
   std::atomic<int64_t> next{0};
   ProtoResult result;
 };
@@ -184,6 +185,25 @@ void Session<T>::step(double learning_rate, double momentum) {
 }
 
 template <class T>
+void Session<T>::apply(Pass& pass, const LayerUpdate& update, const T* gradient) {
+  pass.exploded = pass.exploded || !(kernels_.magnitude(gradient, update.count) <= T(kLargestGradient));
+  if (pass.exploded) return;
+  Sgd<T> sgd{};
+  sgd.learning_rate = static_cast<T>(in_place_rate_);
+  const auto step = [&](T* weight, int64_t offset, int64_t count) {
+    sgd.weight = weight;
+    sgd.grad = gradient + (offset - update.offset);
+    sgd.count = count;
+    kernels_.sgd(sgd);
+  };
+  if (update.bias) {
+    step(layers_[update.layer].bias(), update.offset, update.count);
+  } else {
+    layers_[update.layer].update_weights(update, step);
+  }
+}
+
+template <class T>
 void Session<T>::zero_grad() {
   if (gradient_) std::memset(gradient_, 0, static_cast<size_t>(plan_.gradient_count) * sizeof(T));
   if (fisher_) std::memset(fisher_, 0, static_cast<size_t>(plan_.fisher_count) * sizeof(T));
@@ -316,6 +336,9 @@ void Session<T>::run_pass(Pass& pass) {
   turnstile_.reset();
   const int workers = static_cast<int>(std::min<int64_t>(plan_.threads, std::max<int64_t>(pass.images.count, 1)));
   pool_->run(workers, &Session<T>::run_worker, &pass);
+  if (pass.exploded) {
+    throw NonFinite("backward: a gradient is not finite or has exploded (above 1e15); updates stopped before it");
+  }
   if (pass.sum_prototypes) normalise_prototypes();
 }
 
@@ -532,11 +555,8 @@ void Session<T>::run_steps(Worker& worker, Pass& pass, const Program& program, i
         kernels_.apply_epilogue(to_fill, in.pixels(), in.channels, backward_epilogue(worker, step, in.channels));
         break;
       }
-      case Step::kGradBias: {
-        T* grad = program.image_gradient >= 0 ? slot(program.image_gradient) : gradient_;
-        kernels_.grad_bias(slot(step.grad), out.pixels(), out.channels, grad + plan_.updates[step.update].offset);
-        break;
-      }
+      case Step::kGradBias: kernels_.grad_bias(slot(step.grad), out.pixels(), out.channels, gradient_of(worker, step)); break;
+      case Step::kApply: apply(pass, plan_.updates[step.update], slot(step.in)); break;
       case Step::kGradWeight: grad_weight(worker, step); break;
       case Step::kGradInput:
         layers_[op.layer].grad_input(slot(step.grad), slot(step.scratch), slot(step.expanded),
@@ -664,8 +684,22 @@ void Session<T>::grad_weight(Worker& worker, const Instruction& step) {
                             slot(step.scratch));
     grad = slot(step.scratch);
   }
-  T* const total = (plan_.train.image_gradient >= 0 ? slot(plan_.train.image_gradient) : gradient_) + u.offset;
-  layers_[u.layer].grad_weight(u, grad, slot(step.in), &worker.image, slot(step.scratch2), slot(step.scratch3), total);
+  layers_[u.layer].grad_weight(u, grad, slot(step.in), &worker.image, slot(step.scratch2), slot(step.scratch3),
+                               gradient_of(worker, step));
+}
+
+// Where a layer's gradient is added: to that of all images, of one image where threads share the work, or to a fresh one that
+// in-place SGD will apply.
+template <class T>
+T* Session<T>::gradient_of(Worker& worker, const Instruction& step) {
+  const LayerUpdate& u = plan_.updates[step.update];
+  if (step.out >= 0) {
+    T* const fresh = (*worker.slots)[step.out];
+    std::fill_n(fresh, u.count, T(0));
+    return fresh;
+  }
+  const int image = plan_.train.image_gradient;
+  return (image >= 0 ? (*worker.slots)[image] : gradient_) + u.offset;
 }
 
 // ---- proofs about memory ----

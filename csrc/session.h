@@ -81,8 +81,10 @@ class Session {
   void backward_saved(const Images<T>& images, const char* saved, const T* feature_gradients);
 
   void zero_grad();
-  // One step of the optimiser; all or nothing.
+  // One step of the optimiser; all or nothing. Not with in-place SGD, whose backward passes take their steps themselves, at this
+  // rate (0 at first); they stop updating at the first layer whose gradient is not finite, and then throw NonFinite.
   void step(double learning_rate, double momentum);
+  void set_in_place_rate(double learning_rate) { in_place_rate_ = learning_rate; }
 
   // Dense copies for the caller: gradient `update` in the layout (S, C / groups, k, k), (O, S, k, k) or (O).
   void copy_gradient(int update, T* out) const;
@@ -113,6 +115,8 @@ class Session {
   void chain(Worker& worker, const Instruction& step);
   void produce(Worker& worker, const Instruction& step, int link, int until);
   void grad_weight(Worker& worker, const Instruction& step);
+  void apply(Pass& pass, const LayerUpdate& update, const T* gradient);
+  T* gradient_of(Worker& worker, const Instruction& step);
   Epilogue<T> backward_epilogue(Worker& worker, const Instruction& step, int channels);
 
   Plan plan_;
@@ -127,6 +131,7 @@ class Session {
   int64_t kept_images_ = 0;
   int ways_ = 0;
   long steps_taken_ = 0;
+  double in_place_rate_ = 0;
   std::vector<std::unique_ptr<Worker>> workers_;
   std::unique_ptr<ThreadPool> pool_;
   Turnstile turnstile_;

@@ -192,11 +192,18 @@ def test_optimisers(released):
     policy = last_layer(costs.network)
     state = {
         optimizer: costs.memory_bytes(policy, optimizer) - costs.forward_bytes
-        for optimizer in ("sgd", "momentum", "adam")
+        for optimizer in ("in_place_sgd", "sgd", "momentum", "adam")
     }
     weights = costs.updated_weights(policy)
-    assert state == {"sgd": 8 * weights, "momentum": 12 * weights, "adam": 16 * weights}
-    with pytest.raises(ValueError, match="optimizer: expected one of sgd, momentum, adam"):
+    assert state == {
+        "in_place_sgd": 4 * weights,
+        "sgd": 8 * weights,
+        "momentum": 12 * weights,
+        "adam": 16 * weights,
+    }
+    with pytest.raises(
+        ValueError, match="optimizer: expected one of in_place_sgd, sgd, momentum, adam"
+    ):
         costs.memory_bytes(policy, "lion")
 
 

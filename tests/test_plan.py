@@ -208,7 +208,7 @@ def test_a_plan_counts_what_the_request_says():
     assert slot.bytes == 10 * 4 * height * width * channels
     more_ways = make(max_ways=100).peak_bytes - make(max_ways=50).peak_bytes
     assert more_ways >= 50 * 4 * network.feature_dim
-    assert set(OPTIMIZERS) == {"sgd", "momentum", "adam"}
+    assert set(OPTIMIZERS) == {"in_place_sgd", "sgd", "momentum", "adam"}
 
 
 def test_the_table_names_every_slot():

@@ -19,8 +19,11 @@ from tinytrain_ext.errors import BudgetExceeded, NonFiniteError
 from tinytrain_ext.images import Augmentation, apply_augmentation, draw_augmentation
 from tinytrain_ext.network import Network, Operation
 from tinytrain_ext.protonet import loss_and_gradient
-from tinytrain_ext.selection import LayerUpdate, UpdatePolicy, full_train
+from tinytrain_ext.selection import LayerUpdate, UpdatePolicy, full_train, last_layer
 from tinytrain_ext.session import OPTIMIZERS, Session, plan
+
+# Optimisers whose gradients are kept until `step`.
+STEPPING = tuple(name for name in OPTIMIZERS if name != "in_place_sgd")
 
 EXACT = 1e-9  # relative, of sums over a whole network in float64
 ISAS = _core.available_isas()
@@ -229,7 +232,7 @@ def torch_step(model: TorchNetwork, optimizer: torch.optim.Optimizer, policy: Up
     optimizer.step()
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", STEPPING)
 def test_several_steps_equal_torch(network, optimizer):
     """Algorithm 1's loop: prototypes again under the new weights, one pass, one step."""
     steps, rate = 3, {"adam": 1e-3, "sgd": 1e-2, "momentum": 1e-2}[optimizer]
@@ -425,7 +428,7 @@ def two_step_task(network: Network):
     )
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", STEPPING)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("keep_images", [0, 9])
 def test_any_number_of_threads_gives_the_same_bits(optimizer, isa, keep_images):
@@ -480,7 +483,7 @@ def test_threads_that_a_budget_does_not_carry_change_no_bit():
         assert_same_bits(run_everything(one, *arguments), run_everything(four, *arguments))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", STEPPING)
 @pytest.mark.parametrize("isa", ISAS)
 def test_unselected_weights_stay_bit_identical(optimizer, isa):
     network, images = tiny(), two_step_task(tiny())
@@ -764,7 +767,7 @@ def test_images_that_are_not_finite_change_nothing(isa, threads, fault):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", STEPPING)
 @pytest.mark.parametrize("fault", [np.nan, np.inf, 1e30])
 def test_gradients_that_are_not_finite_change_nothing(isa, optimizer, fault):
     network = tiny()
@@ -912,7 +915,10 @@ def test_gradients_and_augmentations_are_checked(ready):
 def test_requests_are_checked():
     network = tiny()
     for change, message in [
-        ({"optimizer": "lion"}, "optimizer: expected one of adam, sgd, momentum, got 'lion'"),
+        (
+            {"optimizer": "lion"},
+            "optimizer: expected one of adam, sgd, momentum, in_place_sgd, got 'lion'",
+        ),
         ({"threads": 0}, "threads: expected at least 1, got 0"),
         ({"threads": 65}, "threads: expected 1 to 64, got 65"),
         ({"memory_bytes": 0}, "memory_bytes: expected a positive number or None, got 0"),
@@ -1000,3 +1006,69 @@ def test_frozen_bytes_round_weights_that_were_never_bytes():
     np.testing.assert_array_equal(session.embed(images), Session(rounded).embed(images))
     with pytest.raises(ValueError, match="frozen_weights: expected float32 or int8, got int4"):
         Session(network, frozen_weights="int4")
+
+
+def test_in_place_sgd_is_sgd_image_by_image():
+    """The same weights as plain SGD steps on one image after another, with no gradient kept."""
+    network = tiny_network()
+    images, labels = shapes_task(shots=3)
+    last = len(network.convolutions) - 1
+    policy = UpdatePolicy(
+        {
+            last - 2: LayerUpdate("out", (0, 3)),
+            last - 1: LayerUpdate("out", (1, 4)),
+            last: LayerUpdate("in", (1, 2)),
+        },
+        (last - 1,),
+    )
+    sgd = Session(network, policy, optimizer="sgd", dtype="float64")
+    in_place = Session(
+        network,
+        policy,
+        optimizer="in_place_sgd",
+        in_place_rate=0.05,
+        dtype="float64",
+        guard_bytes=64,
+    )
+    for session in (sgd, in_place):
+        session.set_prototypes(images, labels, 3)
+    result = in_place.proto_backward(images, labels)
+    losses = []
+    for n in range(len(images)):
+        one = slice(n, n + 1)
+        losses.append(sgd.proto_backward(images[one], labels[one], loss_weight=1 / len(images))[0])
+        sgd.step(0.05)
+        sgd.zero_grad()
+    assert result[0] == pytest.approx(sum(losses))
+    for layer in range(len(network.convolutions)):
+        for one, other in zip(sgd.layer(layer), in_place.layer(layer), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)
+    assert (sgd.layer(last)[0] != network.weights[last]).any()
+    assert in_place.broken_guard() == ""
+    assert in_place.plan.peak_bytes < sgd.plan.peak_bytes
+    assert in_place.arena_high_water() <= in_place.plan.peak_bytes
+
+
+def test_in_place_sgd_refuses_what_it_cannot_do():
+    network = tiny_network()
+    images, labels = shapes_task(shots=2)
+    policy = last_layer(network)
+    with pytest.raises(ValueError, match="in_place_rate: expected with optimizer 'in_place_sgd'"):
+        Session(network, policy, optimizer="in_place_sgd")
+    with pytest.raises(ValueError, match="in_place_rate: expected with"):
+        Session(network, policy, in_place_rate=0.1)
+    with pytest.raises(ValueError, match="in_place_rate: expected a positive number"):
+        Session(network, policy, optimizer="in_place_sgd", in_place_rate=-1)
+    with pytest.raises(ValueError, match="threads: expected 1 with in-place SGD"):
+        Session(network, policy, optimizer="in_place_sgd", in_place_rate=0.1, threads=2)
+    session = Session(network, policy, optimizer="in_place_sgd", in_place_rate=0.1)
+    session.set_prototypes(images, labels, 3)
+    with pytest.raises(ValueError, match="take their steps themselves"):
+        session.step(0.1)
+    with pytest.raises(ValueError, match="gradient: was applied in place"):
+        session.gradients()
+    features = np.full((len(images), network.feature_dim), np.nan, np.float32)
+    with pytest.raises(NonFiniteError, match="updates stopped before it"):
+        session.backward(images, features)
+    for weights in session.network().weights:
+        assert np.isfinite(weights).all()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AdaptResult", "Classification", "Iteration", "adapt", "classify"]
 
-DEFAULT_LEARNING_RATE = {"adam": 1e-3, "momentum": 1e-2, "sgd": 1e-1}
+DEFAULT_LEARNING_RATE = {"adam": 1e-3, "momentum": 1e-2, "sgd": 1e-1, "in_place_sgd": 1e-1}
 UNKNOWN = "unknown"
 
 
@@ -107,7 +107,8 @@ def adapt(
     least once; classes: names of the classes ("0", "1", ... by default).
     budget: Budget() by default; with a given `policy`, which replaces Fisher information and
     selection, no limit by default. ratio, biases: see `select`.
-    optimizer: "adam", "momentum" or "sgd"; learning_rate: 1e-3, 1e-2 or 1e-1 by default.
+    optimizer: one of `session.OPTIMIZERS`; learning_rate: 1e-3 by default for "adam", 1e-2 for
+    "momentum", 1e-1 for "sgd" and "in_place_sgd".
     views: a fixed set of pseudo-query views with a cache of what the frozen prefix makes of them;
     by default every iteration draws fresh ones, as in the paper. frozen_weights: "float32", or
     "int8" to keep what is not trained in a quarter of the bytes (see `Session`).
@@ -165,6 +166,7 @@ def adapt(
     elif budget is not None:
         _check_compute(policy, costs, budget)
 
+    in_place = optimizer == "in_place_sgd"
     session = Session(
         network,
         policy,
@@ -174,6 +176,7 @@ def adapt(
         threads=threads,
         memory_bytes=memory_bytes,
         frozen_weights=frozen_weights,
+        in_place_rate=learning_rate if in_place else None,
     )
     with _timed(timings, "embed"):
         session.set_prototypes(images, labels, ways, keep=True)
@@ -187,8 +190,9 @@ def adapt(
             loss, correct = session.proto_backward(
                 view, labels, augmentation, scale=network.logit_scale
             )
-            session.step(learning_rate)
-            session.zero_grad()
+            if not in_place:
+                session.step(learning_rate)
+                session.zero_grad()
             if session.kept:
                 session.update_prototypes()
             else:

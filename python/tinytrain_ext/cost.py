@@ -221,7 +221,7 @@ def inspected_layers(network: Network, blocks: int = INSPECTED_BLOCKS) -> tuple[
 
 def words_per_weight(optimizer: str) -> int:
     """fp32 words a trained weight takes: itself, its gradient and the optimiser's state."""
-    words = {"sgd": 2, "momentum": 3, "adam": 4}
+    words = {"in_place_sgd": 1, "sgd": 2, "momentum": 3, "adam": 4}
     if optimizer not in words:
         raise ValueError(f"optimizer: expected one of {', '.join(words)}, got {optimizer!r}")
     return words[optimizer]

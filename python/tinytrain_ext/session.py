@@ -21,7 +21,7 @@ from .selection import UpdatePolicy
 
 __all__ = ["FROZEN_WEIGHTS", "OPTIMIZERS", "Plan", "PlanSlot", "Prefix", "Session", "plan"]
 
-OPTIMIZERS = ("adam", "sgd", "momentum")
+OPTIMIZERS = ("adam", "sgd", "momentum", "in_place_sgd")
 FROZEN_WEIGHTS = ("float32", "int8")
 _MOMENTUM = 0.9
 _MAX_WAYS = 50
@@ -206,13 +206,16 @@ class Session:
 
     network: the Network; its weights are copied. policy: what `backward` computes gradients of and
     `step` updates. fisher_layers: layers whose Fisher sums (Eq. 2) the backward pass collects.
-    optimizer: "adam" (0.9, 0.999), "sgd" or "momentum" (0.9). max_ways: classes there is room for.
-    keep_images: images whose frozen-prefix output to keep between `update_prototypes` calls, if
-    memory_bytes carries it. threads: workers; fewer where memory_bytes does not carry them.
-    memory_bytes: hard limit of the arena in bytes. frozen_weights: "float32", or "int8" to keep the
-    weights of frozen layers (depthwise ones apart) as bytes with a scale for each output channel,
-    expanded a panel at a time when they are used; exact for networks that were quantised this way
-    before, such as imported ones, and rounded for others. dtype: "float32", or "float64" on the
+    optimizer: "adam" (0.9, 0.999), "sgd", "momentum" (0.9), or "in_place_sgd": no gradient is kept
+    at all, `backward` and `proto_backward` take a step of in_place_rate after each image, layer by
+    layer as its gradient is known, on one thread; there is nothing for `step` to do.
+    max_ways: classes there is room for. keep_images: images whose frozen-prefix output to keep
+    between `update_prototypes` calls, if memory_bytes carries it. threads: workers; fewer where
+    memory_bytes does not carry them. memory_bytes: hard limit of the arena in bytes.
+    frozen_weights: "float32", or "int8" to keep all weights that are not trained (depthwise ones
+    apart) as bytes with a scale for each output channel, expanded a panel at a time when they are
+    used; exact for networks that were quantised this way before, such as imported ones, and rounded
+    for others. dtype: "float32", or "float64" on the
     scalar instruction set (for comparisons to rounding error).
 
     Raises BudgetExceeded if no plan fits memory_bytes, naming the smallest that does.
@@ -230,6 +233,7 @@ class Session:
         threads: int = 1,
         memory_bytes: int | None = None,
         frozen_weights: str = "float32",
+        in_place_rate: float | None = None,
         dtype: str = "float32",
         isa: str = "",
         guard_bytes: int = 0,
@@ -237,6 +241,8 @@ class Session:
         _check_request(optimizer, threads, memory_bytes)
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype: expected 'float32' or 'float64', got {dtype!r}")
+        if (optimizer == "in_place_sgd") != (in_place_rate is not None):
+            raise ValueError("in_place_rate: expected with optimizer 'in_place_sgd', and only then")
         self._network = network
         self._policy = policy or UpdatePolicy({})
         self._quantised = frozen_weights == "int8"
@@ -261,6 +267,9 @@ class Session:
             isa=isa,
             frozen_weights=frozen_weights,
         )
+        if in_place_rate is not None:
+            self._core.set_in_place_rate(_rate("in_place_rate", in_place_rate))
+        self.optimizer = optimizer
         self.plan = _plan_of(self._core.plan(), self._core.resident_weight_bytes())
         self.isa: str = self._core.isa()
 
@@ -338,7 +347,8 @@ class Session:
         Each image passes once, forward and backward; `loss_weight` (default 1 / N: the mean)
         times its gradient adds to the compact gradients, its squared sums to the Fisher sums.
         Returns (sum of losses, number of images nearest to their own prototype).
-        Raises NonFiniteError if a loss is not finite; gradients are cleared then.
+        Raises NonFiniteError if a loss is not finite; gradients are cleared then. With
+        'in_place_sgd' also if a gradient is not; updates stop before it, weights stay finite.
         """
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale: expected a positive number, got {scale}")
@@ -430,9 +440,9 @@ class Session:
         Raises NonFiniteError, leaving every weight as it is, if a gradient or a new weight is not
         finite; ValueError for a learning rate that is not a positive number.
         """
-        if not (math.isfinite(learning_rate) and learning_rate > 0):
-            raise ValueError(f"learning_rate: expected a positive number, got {learning_rate}")
-        self._core.step(learning_rate, _MOMENTUM)
+        if self.optimizer == "in_place_sgd":
+            raise ValueError("step: the passes of 'in_place_sgd' take their steps themselves")
+        self._core.step(_rate("learning_rate", learning_rate), _MOMENTUM)
 
     def network(self) -> Network:
         """The network with its updated weights; all weights as they were used, if quantised."""
@@ -456,6 +466,12 @@ class Session:
     def broken_guard(self) -> str:
         """Name of a slot whose guard bytes were overwritten, "" if none (needs guard_bytes)."""
         return str(self._core.broken_guard())
+
+
+def _rate(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+    return value
 
 
 def _images(images: NDArray[Any] | Prefix) -> tuple[NDArray[Any], bool]:
