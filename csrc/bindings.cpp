@@ -304,10 +304,10 @@ class PySession {
     session_->backward_saved(in, bytes, grads);
   }
 
-  void set_selected(int index, const Array<T>& values) {
-    check_shape("values", values, gradient_shape(index));
+  void set_selected(const Array<T>& values) {
+    check_shape("values", values, {session_->plan().gradient_count});
     const std::lock_guard<std::mutex> lock(mutex_);
-    session_->set_selected(index, values.data());
+    session_->set_selected(values.data());
   }
 
   void zero_grad() {
@@ -330,6 +330,16 @@ class PySession {
     if (session_->plan().gradient < 0) throw py::value_error("gradient: was applied in place and is not kept");
     const std::lock_guard<std::mutex> lock(mutex_);
     session_->copy_gradient(index, out.mutable_data());
+    return out;
+  }
+
+  // All of them one after another.
+  Array<T> flat_gradient() const {
+    const Plan& plan = session_->plan();
+    Array<T> out(plan.gradient_count);
+    T* const values = out.mutable_data();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (size_t i = 0; i < plan.updates.size(); ++i) session_->copy_gradient(static_cast<int>(i), values + plan.updates[i].offset);
     return out;
   }
 
@@ -658,11 +668,12 @@ void bind(py::module_& m, const char* session, const char* convolution) {
       .def("forward", &S::forward, py::arg("images"), py::arg("prefix"))
       .def("backward_saved", &S::backward_saved, py::arg("images"), py::arg("saved").noconvert(),
            py::arg("grad_features").noconvert())
-      .def("set_selected", &S::set_selected, py::arg("index"), py::arg("values").noconvert())
+      .def("set_selected", &S::set_selected, py::arg("values").noconvert())
       .def("zero_grad", &S::zero_grad)
       .def("step", &S::step, py::arg("learning_rate"), py::arg("momentum"))
       .def("set_in_place_rate", &S::set_in_place_rate, py::arg("learning_rate"))
       .def("gradient", &S::gradient, py::arg("index"))
+      .def("flat_gradient", &S::flat_gradient)
       .def("fisher", &S::fisher)
       .def("layer", &S::layer, py::arg("number"))
       .def("arena_high_water", &S::arena_high_water)

@@ -147,19 +147,19 @@ void Convolution<T>::copy_weight(T* weight_out, T* bias_out) const {
 
 template <class T>
 void Convolution<T>::set_selected(const LayerUpdate& update, const T* values) {
-  const bool columns = update.axis == Axis::kIn;
-  const int selected = static_cast<int>(update.channels.size());
-  const int outs = columns ? out_.channels : selected;
-  const int ins = op_.depthwise ? 1 : columns ? selected : in_.channels;
-  for (int o = 0; o < outs; ++o) {
-    for (int c = 0; c < ins; ++c) {
-      for (int ky = 0; ky < op_.kernel; ++ky) {
-        for (int kx = 0; kx < op_.kernel; ++kx) {
-          set_weight(columns ? o : update.channels[o], columns ? update.channels[c] : c, ky, kx, *values++);
-        }
+  const int64_t taps = static_cast<int64_t>(op_.kernel) * op_.kernel;
+  const int64_t ins = op_.depthwise ? 1 : update.axis == Axis::kIn ? static_cast<int64_t>(update.channels.size()) : in_.channels;
+  const int64_t outs = update.axis == Axis::kIn ? out_.channels : static_cast<int64_t>(update.channels.size());
+  AlignedArray<T> compact(taps > 1 ? outs * ins * taps : 0);
+  for (int64_t o = 0; o < (taps > 1 ? outs : 0); ++o) {
+    for (int64_t c = 0; c < ins; ++c) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        compact.data()[op_.depthwise ? tap * outs + o : (o * taps + tap) * ins + c] = values[(o * ins + c) * taps + tap];
       }
     }
   }
+  const T* const from = taps > 1 ? compact.data() : values;
+  update_weights(update, [&](T* run, int64_t offset, int64_t count) { std::copy_n(from + (offset - update.offset), count, run); });
 }
 
 template <class T>

@@ -3,6 +3,8 @@
 // by row over padded copies of its input rows.
 #pragma once
 
+#include <algorithm>
+
 #include "graph.h"
 #include "pack.h"
 #include "plan.h"
@@ -31,6 +33,10 @@ template <class T>
 void copy_compact(const Op& op, const LayerUpdate& update, int64_t ins, const T* grad, T* out) {
   if (update.count == 0) return;  // no channel selected
   const int64_t taps = static_cast<int64_t>(op.kernel) * op.kernel;
+  if (taps == 1) {  // the two layouts are the same
+    std::copy_n(grad, update.count, out);
+    return;
+  }
   const int64_t outs = update.count / (ins * taps);
   for (int64_t o = 0; o < outs; ++o) {
     for (int64_t c = 0; c < ins; ++c) {

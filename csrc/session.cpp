@@ -127,13 +127,16 @@ void Session<T>::copy_gradient(int update, T* out) const {
 }
 
 template <class T>
-void Session<T>::set_selected(int update, const T* values) {
-  const LayerUpdate& u = plan_.updates[update];
-  Convolution<T>& layer = layers_[u.layer];
-  if (u.bias) {
-    std::copy_n(values, u.count, layer.bias());
-  } else {
-    layer.set_selected(u, values);
+void Session<T>::set_selected(const T* values) {
+  if (!std::isfinite(kernels_.magnitude(values, plan_.gradient_count))) {
+    throw NonFinite("set_selected: a value is not finite; weights were left as they are");
+  }
+  for (const LayerUpdate& u : plan_.updates) {
+    if (u.bias) {
+      std::copy_n(values + u.offset, u.count, layers_[u.layer].bias());
+    } else {
+      layers_[u.layer].set_selected(u, values + u.offset);
+    }
   }
 }
 

@@ -88,8 +88,8 @@ class Session {
 
   // Dense copies for the caller: gradient `update` in the layout (S, C / groups, k, k), (O, S, k, k) or (O).
   void copy_gradient(int update, T* out) const;
-  // Overwrites the selected weights (or the bias) of update `update`, given in the same layout.
-  void set_selected(int update, const T* values);
+  // Overwrites every selected weight and bias: all updates one after another, each in that layout.
+  void set_selected(const T* values);
   const T* fisher() const { return fisher_; }
   void copy_weight(int layer, T* weight, T* bias) const;
 

@@ -615,22 +615,29 @@ def test_selected_weights_can_be_set(network):
     rng = np.random.default_rng(4)
     policy = mixed_policy(network)
     session = Session(network, policy, dtype="float64")
+    images, labels = task(network)
+    session.set_prototypes(images, labels, 2)
+    session.proto_backward(images, labels)
+    flat = session.flat_gradient()
+    gradients = {**session.gradients(), **{-1 - n: b for n, b in session.bias_gradients().items()}}
+    np.testing.assert_array_equal(flat, np.concatenate([g.ravel() for g in gradients.values()]))
+    values = rng.normal(size=flat.shape)
+    session.set_selected(values)
     for layer, gradient in session.gradients().items():
-        values = rng.normal(size=gradient.shape)
-        session.set_selected(layer, values)
         wanted = network.weights[layer].astype(np.float64)
-        wanted[rows(policy.layers[layer])] = values
+        mine, values = np.split(values, [gradient.size])
+        wanted[rows(policy.layers[layer])] = mine.reshape(gradient.shape)
         np.testing.assert_array_equal(session.layer(layer)[0], wanted)
     for layer in policy.biases:
-        session.set_selected(layer, np.full(len(network.biases[layer]), 0.5), bias=True)
-        assert (session.layer(layer)[1] == 0.5).all()
-    layer = min(policy.layers)
-    with pytest.raises(ValueError, match=rf"layer: expected one of .*{layer}.*, got 99"):
-        session.set_selected(99, values)
-    with pytest.raises(ValueError, match="values: expected finite numbers"):
-        session.set_selected(layer, np.full(session.gradients()[layer].shape, np.nan))
+        mine, values = np.split(values, [len(network.biases[layer])])
+        np.testing.assert_array_equal(session.layer(layer)[1], mine)
+    before = [session.layer(layer)[0] for layer in policy.layers]
+    with pytest.raises(NonFiniteError, match="set_selected: a value is not finite"):
+        session.set_selected(np.where(np.arange(len(flat)) == len(flat) - 1, np.nan, flat))
+    for layer, weight in zip(policy.layers, before, strict=True):
+        np.testing.assert_array_equal(session.layer(layer)[0], weight)
     with pytest.raises(ValueError, match="values: expected shape"):
-        session.set_selected(layer, np.zeros((1, 2)))
+        session.set_selected(np.zeros(2))
 
 
 @pytest.mark.parametrize("scale", [10.0, 0.5])

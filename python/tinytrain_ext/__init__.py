@@ -78,6 +78,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nn":  # the only name that needs PyTorch
+        return importlib.import_module(".nn", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

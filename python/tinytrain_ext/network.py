@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -29,7 +30,11 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["Network", "Operation", "default_network", "write_atomically"]
+    import torch
+
+__all__ = ["Classifier", "Network", "Operation", "default_network", "write_atomically"]
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "tinytrain_ext.network"
@@ -182,6 +187,23 @@ def _output_shape(
 
 
 @dataclass(frozen=True, eq=False)
+class Classifier:
+    """A linear head that a network was trained with: kept, but no part of adaptation.
+
+    weight: (K, m) float32; bias: (K,) float32; classes: K names, or none.
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    classes: tuple[str, ...] = ()
+
+    def logits(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(N, K) of features (N, m)."""
+        result: NDArray[np.float32] = features @ self.weight.T + self.bias
+        return result
+
+
+@dataclass(frozen=True, eq=False)
 class Network:
     """A backbone with folded batch normalisation, and the classes it was adapted to, if any.
 
@@ -196,6 +218,8 @@ class Network:
     empty and None before adaptation.
     unknown_below: a photo whose best probability is below this is "unknown"; None before
     adaptation.
+    classifier: the linear head of an imported model, if it had one; `adapt` neither uses nor
+    trains it.
 
     Raises ValueError (TypeError for a wrong dtype) naming the operation, layer or field that is
     wrong.
@@ -213,6 +237,7 @@ class Network:
     classes: tuple[str, ...] = ()
     prototypes: NDArray[np.float32] | None = None
     unknown_below: float | None = None
+    classifier: Classifier | None = None
     tensor_shapes: tuple[tuple[int, int, int], ...] = field(init=False, repr=False)
     """(H, W, C) of every tensor, the image first."""
     convolutions: tuple[int, ...] = field(init=False, repr=False)
@@ -254,6 +279,8 @@ class Network:
             raise ValueError(f"prototypes: expected {len(self.classes)} rows, got None")
         if self.unknown_below is not None and not 0 <= self.unknown_below <= 1:
             raise ValueError(f"unknown_below: expected 0 to 1, got {self.unknown_below}")
+        if self.classifier is not None:
+            set_field(self, "classifier", _checked_classifier(self.classifier, self.feature_dim))
 
     @property
     def feature_dim(self) -> int:
@@ -270,6 +297,61 @@ class Network:
 
         return Session(self, threads=threads).embed(images)
 
+    @classmethod
+    def from_torch(
+        cls,
+        model: torch.nn.Module,
+        example: torch.Tensor,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int | None = None,
+        resize: int | None = None,
+        classes: Sequence[str] = (),
+        name: str | None = None,
+    ) -> Network:
+        """A network of a PyTorch model (needs the [torch] extra), batch norm folded in.
+
+        model: takes (N, 3, size, size) and is traced by torch.fx in eval mode. example: such
+        images, normalised; the result is compared with the model on them. mean, std: of each
+        colour in [0, 1], as the model was trained with. size: checked against the example; resize:
+        of a photo's short side, 146 / 128 of size by default. A linear head is kept as
+        `classifier`, `classes` its names; name: the model's class by default. Inverted residuals
+        are marked as blocks.
+
+        Raises ValueError, with the call's name and the reason, for what a network cannot express.
+        """
+        from .nn.importer import import_torch
+
+        network = import_torch(
+            model,
+            example,
+            mean=mean,
+            std=std,
+            size=size,
+            resize=resize,
+            classes=classes,
+            name=name,
+        )
+        if network.classifier is not None:
+            logger.warning(
+                "%s: the linear head of %d classes is kept as the classifier; "
+                "adapt() neither uses nor trains it",
+                network.name,
+                len(network.classifier.bias),
+            )
+        return network
+
+    def to_torch(self) -> torch.nn.Module:
+        """The network in PyTorch's own layers (needs the [torch] extra).
+
+        Takes normalised images (N, 3, size, size) and returns features (N, m), or the classifier's
+        outputs (N, K) where there is one.
+        """
+        from .nn import TorchNetwork
+
+        return TorchNetwork(self)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the network to a safetensors file, whole or not at all.
 
@@ -283,7 +365,7 @@ class Network:
             tensors[f"layer.{layer}.bias"] = bias
         if self.prototypes is not None:
             tensors["prototypes"] = self.prototypes
-        description = {
+        description: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
             "operations": [_operation_to_json(operation) for operation in self.operations],
@@ -295,6 +377,13 @@ class Network:
             "classes": list(self.classes),
             "unknown_below": self.unknown_below,
         }
+        if self.classifier is not None:
+            tensors["classifier.weight"] = self.classifier.weight
+            tensors["classifier.bias"] = self.classifier.bias
+            description["classifier"] = {
+                "outputs": len(self.classifier.bias),
+                "classes": list(self.classifier.classes),
+            }
         write_atomically(path, save(tensors, {METADATA_KEY: json.dumps(description)}))
 
     @classmethod
@@ -322,6 +411,11 @@ class Network:
                 tensors = {name: file.get_tensor(name) for name in shapes}
         except SafetensorError as error:
             raise ValueError(f"not a sound safetensors file: {error}") from error
+        head = fields.pop("classifier")
+        if head is not None:
+            fields["classifier"] = Classifier(
+                tensors["classifier.weight"], tensors["classifier.bias"], head[1]
+            )
         layers = sum(operation.kind == "conv" for operation in fields["operations"])
         return cls(
             weights=tuple(tensors[f"layer.{layer}.weight"] for layer in range(layers)),
@@ -367,6 +461,18 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             raise
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def _checked_classifier(classifier: Classifier, feature_dim: int) -> Classifier:
+    outputs = len(classifier.bias)
+    names = classifier.classes
+    if outputs == 0 or len(set(names)) != len(names) or len(names) not in (0, outputs):
+        raise ValueError(
+            f"classifier: expected at least one output and no or {outputs} distinct classes, "
+            f"got {len(names)}"
+        )
+    weight = _frozen_array("classifier.weight", classifier.weight, (outputs, feature_dim))
+    return Classifier(weight, _frozen_array("classifier.bias", classifier.bias, (outputs,)), names)
 
 
 def _frozen_array(what: str, array: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -419,6 +525,7 @@ def _parse_description(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise ValueError(f"schema_version: expected {SCHEMA_VERSION}, got {version!r}")
     expected = {"name", "operations", "input_size", "resize", "mean", "std", "logit_scale"}
+    head = description.pop("classifier", None)  # files of networks without one do not name it
     _check_keys("metadata", description, expected | {"classes", "unknown_below"})
     unknown_below = description["unknown_below"]
     return {
@@ -436,7 +543,19 @@ def _parse_description(metadata: Mapping[str, str] | None) -> dict[str, Any]:
             _typed("classes", v, str) for v in _typed("classes", description["classes"], list)
         ),
         "unknown_below": None if unknown_below is None else _number("unknown_below", unknown_below),
+        "classifier": None if head is None else _head_from_json(head),
     }
+
+
+def _head_from_json(values: Any) -> tuple[int, tuple[str, ...]]:
+    """How many outputs the classifier has, and their names."""
+    _typed("classifier", values, dict)
+    _check_keys("classifier", values, {"outputs", "classes"})
+    outputs = _typed("classifier, outputs", values["outputs"], int)
+    if not 1 <= outputs <= MAX_CHANNELS:
+        raise ValueError(f"classifier, outputs: expected 1 to {MAX_CHANNELS}, got {outputs}")
+    names = _typed("classifier, classes", values["classes"], list)
+    return outputs, tuple(_typed("classifier, classes", name, str) for name in names)
 
 
 def _operation_from_json(index: int, values: Any) -> Operation:
@@ -491,6 +610,10 @@ def _expected_tensors(fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes[f"layer.{layer}.bias"] = (operation.out_channels,)
     if fields["classes"]:
         shapes["prototypes"] = (len(fields["classes"]), feature_dim)
+    if fields["classifier"] is not None:
+        outputs = fields["classifier"][0]
+        shapes["classifier.weight"] = (outputs, feature_dim)
+        shapes["classifier.bias"] = (outputs,)
     return shapes
 
 

@@ -401,19 +401,17 @@ class Session:
             None if images is None else _images(images)[0], saved, grad_features
         )
 
-    def set_selected(self, layer: int, values: NDArray[Any], *, bias: bool = False) -> None:
-        """Overwrites the selected weights of a layer of the policy, in the shape of its gradient:
-        (S, C/groups, k, k) for axis "out", (O, S, k, k) for axis "in"; bias: its bias, (O,).
+    def set_selected(self, values: NDArray[Any]) -> None:
+        """Overwrites every weight and bias that the policy selects, in the order and the shapes of
+        `flat_gradient`: values (P,), C-contiguous, of the session's dtype.
 
-        Raises ValueError for a layer that is not updated, or a value that is not finite.
+        Raises NonFiniteError, leaving all as they are, for a value that is not finite.
         """
-        known = sorted(self._policy.biases if bias else self._policy.layers)
-        if layer not in known:
-            raise ValueError(f"layer: expected one of {known}, got {layer}")
-        if not np.isfinite(values).all():
-            raise ValueError(f"values: expected finite numbers for layer {layer}")
-        index = known.index(layer) + (len(self._policy.layers) if bias else 0)
-        self._core.set_selected(index, np.ascontiguousarray(values, self.dtype))
+        self._core.set_selected(values)
+
+    def flat_gradient(self) -> NDArray[Any]:
+        """All gradients in one array (P,): `gradients`, then `bias_gradients`, each raveled."""
+        return np.asarray(self._core.flat_gradient())
 
     def gradients(self) -> dict[int, NDArray[Any]]:
         """{layer: gradient}: (S, C/groups, k, k) for axis "out", (O, S, k, k) for axis "in"."""
