@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tinytrain_ext.episodes import FixedEpisodes, mean_and_interval
+from tinytrain_ext.episodes import FixedEpisodes, VariousEpisodes, mean_and_interval
 
 LABELS = np.random.default_rng(0).permutation(np.repeat([3, 5, 6, 9], [12, 9, 20, 8]))
 
@@ -58,3 +58,86 @@ def test_interval() -> None:
     assert np.isnan(mean_and_interval([1.0])[1])
     with pytest.raises(ValueError, match="at least one"):
         mean_and_interval([])
+
+
+def drawn(labels, count=60, **options):
+    sampler = VariousEpisodes(labels, **options)
+    rng = np.random.default_rng(2)
+    return [sampler.draw(rng) for _ in range(count)]
+
+
+LARGE = np.repeat(np.arange(60), np.random.default_rng(3).integers(20, 250, 60))
+
+
+def test_various_ways_cover_their_whole_range() -> None:
+    ways = [episode.ways for episode in drawn(LARGE, 400)]
+    assert (min(ways), max(ways)) == (5, 50)
+    few = [episode.ways for episode in drawn(np.repeat(np.arange(8), 20))]
+    assert set(few) == {5, 6, 7, 8}
+
+
+def test_various_queries_are_alike_and_disjoint_from_support() -> None:
+    for episode in drawn(LARGE):
+        sizes = np.bincount(LARGE)[episode.classes]
+        expected = min(10, sizes.min() // 2)
+        assert np.bincount(episode.query_ways).tolist() == [expected] * episode.ways
+        assert np.array_equal(LARGE[episode.query], episode.classes[episode.query_ways])
+        assert np.array_equal(LARGE[episode.support], episode.classes[episode.support_ways])
+        images = np.concatenate([episode.support, episode.query])
+        assert len(set(images)) == len(images)
+
+
+def test_various_supports_are_uneven_and_bounded() -> None:
+    episodes = drawn(LARGE)
+    totals = [len(episode.support) for episode in episodes]
+    assert max(totals) <= 500
+    assert max(totals) > 400
+    assert min(totals) < 80
+    for episode in episodes:
+        shots = np.bincount(episode.support_ways, minlength=episode.ways)
+        assert shots.min() >= 1
+        remaining = np.bincount(LARGE)[episode.classes] - np.bincount(episode.query_ways)
+        assert (shots <= remaining).all()
+    assert any(len(set(np.bincount(episode.support_ways))) > 1 for episode in episodes)
+    assert 90 < max(len(e.support) for e in drawn(LARGE, largest_support=100)) <= 100
+
+
+def test_larger_classes_get_more_support() -> None:
+    labels = np.repeat(np.arange(5), [40, 400, 400, 400, 400])
+    shots = np.zeros(5)
+    for episode in drawn(labels):
+        shots[episode.classes] += np.bincount(episode.support_ways)
+    assert shots[0] < 0.25 * shots[1:].min()
+
+
+def test_classes_of_an_episode_share_their_superclass() -> None:
+    superclasses = np.repeat([0, 1, 2], [4, 6, 30])
+    labels = np.arange(40)
+    episodes = drawn(np.repeat(labels, 20), superclasses=np.repeat(superclasses, 20))
+    homes = [set(superclasses[episode.classes]) for episode in episodes]
+    assert all(len(home) == 1 for home in homes)
+    assert set.union(*homes) == {1, 2}  # four classes are too few
+    uneven = sum(home == {1} for home in homes) / len(homes)
+    assert 0.3 < uneven < 0.7  # superclasses are drawn evenly, whatever their size
+
+
+def test_a_track_never_serves_both_sides() -> None:
+    labels = np.repeat(np.arange(6), 60)
+    tracks = np.arange(360) // 30  # two tracks of thirty frames in every class
+    for episode in drawn(labels, tracks=tracks):
+        assert not set(tracks[episode.support]) & set(tracks[episode.query])
+        assert np.bincount(episode.query_ways).tolist() == [10] * episode.ways
+    leaky = drawn(labels)
+    assert any(set(tracks[e.support]) & set(tracks[e.query]) for e in leaky)
+
+
+def test_various_episodes_need_enough_classes() -> None:
+    with pytest.raises(ValueError, match="at least 5 classes with images for both sides, got 4"):
+        VariousEpisodes(np.repeat(np.arange(4), 20))
+    labels = np.repeat(np.arange(6), 10)
+    with pytest.raises(ValueError, match="got 0"):
+        VariousEpisodes(labels, tracks=labels)
+    with pytest.raises(ValueError, match="in one superclass, got 6"):
+        VariousEpisodes(labels, superclasses=labels // 3)
+    with pytest.raises(ValueError, match="largest_support: expected at least 50, got 20"):
+        VariousEpisodes(labels, largest_support=20)
