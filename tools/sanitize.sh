@@ -9,7 +9,7 @@ build=${BUILD:-$PWD/build/sanitize}
 
 if ! pybind11=$("$python" -m pybind11 --cmakedir 2>/dev/null); then
   # A build requirement, which an environment with the package installed need not hold: put beside the build, not into it.
-  "$python" -m pip install --quiet --upgrade --target "$build/pybind11" pybind11
+  "$python" -m pip install --quiet --upgrade --target "$build/pybind11" 'pybind11>=2.13,<3'
   pybind11=$(PYTHONPATH=$build/pybind11 "$python" -m pybind11 --cmakedir)
 fi
 cmake --preset sanitize -B "$build" -DTINYTRAIN_PYTHON=ON -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$pybind11"

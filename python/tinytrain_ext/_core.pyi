@@ -1,7 +1,7 @@
-"""The native training core (csrc/bindings.cpp); use it through tinytrain_ext.session."""
+"""The native training core (csrc/python); use it through tinytrain_ext.session."""
 
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,43 +13,34 @@ _Operation = tuple[str, list[int], str, int, int, int, int, bool]
 # (layer, axis, channels, bias)
 _Update = tuple[int, str, list[int], bool]
 
+class _Request(TypedDict):
+    image_size: int
+    operations: list[_Operation]
+    updates: list[_Update]
+    fisher_layers: list[int]
+    optimizer: str
+    max_ways: int
+    keep_images: int
+    threads: int
+    memory_bytes: int  # 0: no limit
+    guard_bytes: int
+    frozen_weights: str
+
 def available_isas() -> list[str]: ...
 def default_isa() -> str: ...
 def fma_peak(isa: str, rounds: int) -> int: ...
-def plan(
-    *,
-    image_size: int,
-    operations: Sequence[_Operation],
-    updates: Sequence[_Update],
-    fisher_layers: Sequence[int],
-    optimizer: str,
-    max_ways: int,
-    keep_images: int,
-    threads: int,
-    memory_bytes: int,
-    frozen_weights: str,
-) -> dict[str, Any]: ...
+def plan(request: _Request) -> dict[str, Any]: ...
 
 class _Session(Generic[_T]):
     def __init__(
         self,
+        request: _Request,
         *,
-        image_size: int,
-        operations: Sequence[_Operation],
-        weights: list[NDArray[np.float32]],
-        biases: list[NDArray[np.float32]],
+        weights: Sequence[NDArray[np.float32]],
+        biases: Sequence[NDArray[np.float32]],
         mean: Sequence[float],
         std: Sequence[float],
-        updates: Sequence[_Update],
-        fisher_layers: Sequence[int],
-        optimizer: str,
-        max_ways: int,
-        keep_images: int,
-        threads: int,
-        memory_bytes: int,
-        guard_bytes: int,
         isa: str,
-        frozen_weights: str,
     ) -> None: ...
     def plan(self) -> dict[str, Any]: ...
     def isa(self) -> str: ...

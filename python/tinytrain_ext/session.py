@@ -100,7 +100,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def _operations(network: Network) -> list[tuple[Any, ...]]:
+def _operations(network: Network) -> list[tuple[str, list[int], str, int, int, int, int, bool]]:
     return [
         (
             op.kind,
@@ -145,13 +145,39 @@ def _plan_of(described: dict[str, Any], resident_weight_bytes: int = 0) -> Plan:
     )
 
 
-def _check_request(optimizer: str, threads: int, memory_bytes: int | None) -> None:
+def _request(
+    network: Network,
+    policy: UpdatePolicy,
+    *,
+    fisher_layers: Iterable[int],
+    optimizer: str,
+    max_ways: int,
+    keep_images: int,
+    threads: int,
+    memory_bytes: int | None,
+    frozen_weights: str,
+    guard_bytes: int = 0,
+) -> _core._Request:
+    """What the core plans: the network's graph, what to compute, and the limits."""
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     if threads < 1:
         raise ValueError(f"threads: expected at least 1, got {threads}")
     if memory_bytes is not None and memory_bytes < 1:
         raise ValueError(f"memory_bytes: expected a positive number or None, got {memory_bytes}")
+    return {
+        "image_size": network.input_size,
+        "operations": _operations(network),
+        "updates": _updates(policy),
+        "fisher_layers": list(fisher_layers),
+        "optimizer": optimizer,
+        "max_ways": max_ways,
+        "keep_images": keep_images,
+        "threads": threads,
+        "memory_bytes": memory_bytes or 0,
+        "guard_bytes": guard_bytes,
+        "frozen_weights": frozen_weights,
+    }
 
 
 def plan(
@@ -171,19 +197,19 @@ def plan(
     Raises BudgetExceeded (with `needed_bytes`) if no plan fits memory_bytes, ValueError for a
     policy that does not fit the network.
     """
-    _check_request(optimizer, threads, memory_bytes)
     return _plan_of(
         _core.plan(
-            image_size=network.input_size,
-            operations=_operations(network),
-            updates=_updates(policy or UpdatePolicy({})),
-            fisher_layers=list(fisher_layers),
-            optimizer=optimizer,
-            max_ways=max_ways,
-            keep_images=keep_images,
-            threads=threads,
-            memory_bytes=memory_bytes or 0,
-            frozen_weights=frozen_weights,
+            _request(
+                network,
+                policy or UpdatePolicy({}),
+                fisher_layers=fisher_layers,
+                optimizer=optimizer,
+                max_ways=max_ways,
+                keep_images=keep_images,
+                threads=threads,
+                memory_bytes=memory_bytes,
+                frozen_weights=frozen_weights,
+            )
         )
     )
 
@@ -238,7 +264,6 @@ class Session:
         isa: str = "",
         guard_bytes: int = 0,
     ) -> None:
-        _check_request(optimizer, threads, memory_bytes)
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype: expected 'float32' or 'float64', got {dtype!r}")
         if (optimizer == "in_place_sgd") != (in_place_rate is not None):
@@ -250,22 +275,23 @@ class Session:
         self.dtype = np.dtype(dtype)
         core = _core.Session32 if dtype == "float32" else _core.Session64
         self._core = core(
-            image_size=network.input_size,
-            operations=_operations(network),
-            weights=list(network.weights),
-            biases=list(network.biases),
+            _request(
+                network,
+                self._policy,
+                fisher_layers=self._fisher_layers,
+                optimizer=optimizer,
+                max_ways=max_ways,
+                keep_images=keep_images,
+                threads=threads,
+                memory_bytes=memory_bytes,
+                frozen_weights=frozen_weights,
+                guard_bytes=guard_bytes,
+            ),
+            weights=network.weights,
+            biases=network.biases,
             mean=network.mean,
             std=network.std,
-            updates=_updates(self._policy),
-            fisher_layers=list(self._fisher_layers),
-            optimizer=optimizer,
-            max_ways=max_ways,
-            keep_images=keep_images,
-            threads=threads,
-            memory_bytes=memory_bytes or 0,
-            guard_bytes=guard_bytes,
             isa=isa,
-            frozen_weights=frozen_weights,
         )
         if in_place_rate is not None:
             self._core.set_in_place_rate(_rate("in_place_rate", in_place_rate))

