@@ -170,6 +170,17 @@ def test_meta_training_learns_and_leaves_its_input_alone(tmp_path: Path) -> None
     assert history[-1].logit_scale != 10.0
 
 
+@pytest.mark.parametrize("rotated", [0.0, 0.5])
+def test_a_classifier_of_all_classes_can_help(rotated: float, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(META, supervised=2.0, label_smoothing=0.1, rotated=rotated)
+    backbone = Backbone.from_network(tiny_network())
+    model, history = metatrain(backbone, 10.0, IMAGES, LABELS, recipe, Run(tmp_path))
+    assert model.class_vectors.shape == (16 if rotated else 4, backbone.feature_dim)
+    assert history[-1].loss < history[0].loss
+    resumed, _ = metatrain(backbone, 10.0, IMAGES, LABELS, recipe, Run(tmp_path))
+    assert torch.equal(resumed.class_vectors, model.class_vectors)
+
+
 def test_batch_norm_can_be_trained(tmp_path: Path) -> None:
     torch.manual_seed(0)
     backbone = Backbone(operations(TINY))

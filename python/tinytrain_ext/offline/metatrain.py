@@ -2,7 +2,8 @@
 
 Each episode is a few-shot task of the training classes: prototypes are the mean features of the
 support images, the loss is the cross-entropy of the query images' scaled cosines to them (Eq. 1),
-and its gradient goes through both. SGD with momentum, linear warm-up, half a cosine.
+and its gradient goes through both. SGD with momentum, linear warm-up, half a cosine. On request the
+loss of a cosine classifier over all training classes is added, as in pre-training.
 
 With batch norm "frozen" it is folded into the convolutions first, as on the device, and weights and
 biases are trained; images then do not see each other and any number of processes gives the same
@@ -36,21 +37,40 @@ from .training import Epoch, Learner, Run, Step, finite, learning_rate, prefetch
 
 __all__ = ["EpisodeLoss", "metatrain"]
 
+CLASS_VECTOR_IMAGES = 20  # of each class, which the classifier's vectors begin as the mean of
+
 
 class EpisodeLoss(nn.Module):
-    """A backbone under Eq. 1: images of an episode -> loss and query accuracy."""
+    """A backbone under Eq. 1: images of an episode -> loss and query accuracy.
 
-    def __init__(self, backbone: Backbone, logit_scale: float) -> None:
+    class_vectors: (classes, m) of the cosine classifier whose loss is added, `supervised` times.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        logit_scale: float,
+        label_smoothing: float = 0.0,
+        supervised: float = 0.0,
+        class_vectors: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
+        self.label_smoothing, self.supervised = label_smoothing, supervised
+        self.class_vectors = self.class_scale = None
+        if class_vectors is not None:
+            self.class_vectors = nn.Parameter(class_vectors)
+            self.class_scale = nn.Parameter(torch.tensor(logit_scale))
 
     def forward(
-        self, images: Tensor, support_ways: Tensor, query_ways: Tensor
+        self, images: Tensor, support_ways: Tensor, query_ways: Tensor, classes: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """images: (S + Q, 3, H, W), support first. The ways: (S,) and (Q,).
+        """images: (S + Q, 3, H, W), support first. The ways: (S,) and (Q,). classes: (S + Q,) of
+        the classifier.
 
-        Returns the mean cross-entropy over query images and the share of them that is recognised.
+        Returns the mean cross-entropy over query images (with the classifier's over all of them)
+        and the share of query images that is recognised.
         """
         features = self.backbone(images)
         support, query = features.split([len(support_ways), len(query_ways)])
@@ -58,7 +78,13 @@ class EpisodeLoss(nn.Module):
         members = functional.one_hot(support_ways).to(features.dtype)
         prototypes = functional.normalize(members.T @ support)
         logits = self.logit_scale * functional.normalize(query) @ prototypes.T
-        loss = functional.cross_entropy(logits, query_ways)
+        smoothing = self.label_smoothing
+        loss = functional.cross_entropy(logits, query_ways, label_smoothing=smoothing)
+        if self.class_vectors is not None and self.class_scale is not None:
+            directions = functional.normalize(self.class_vectors)
+            scores = self.class_scale * functional.normalize(features) @ directions.T
+            class_loss = functional.cross_entropy(scores, classes, label_smoothing=smoothing)
+            loss = loss + self.supervised * class_loss
         return loss, (logits.argmax(1) == query_ways).double().mean()
 
 
@@ -85,8 +111,15 @@ def metatrain(
     mine = run.ranks.shard("batch_episodes", recipe.batch_episodes)
     steps = recipe.episodes // recipe.batch_episodes
     dtype = next(backbone.parameters()).dtype
-    model = EpisodeLoss(copy.deepcopy(backbone), logit_scale).to(run.ranks.device, dtype)
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    names, classes = np.unique(labels, return_inverse=True)
+    model = EpisodeLoss(
+        copy.deepcopy(backbone),
+        logit_scale,
+        recipe.label_smoothing,
+        recipe.supervised,
+        _class_vectors(backbone, images, classes, recipe) if recipe.supervised else None,
+    )
+    model = model.to(run.ranks.device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     learner = Learner(
         model,
         momentum=recipe.momentum,
@@ -96,18 +129,18 @@ def metatrain(
     )
     wrapped = run.ranks.wrap(model)
 
-    def batch(place: tuple[int, int]) -> tuple[Tensor, Episode]:
+    def batch(place: tuple[int, int]) -> tuple[Tensor, Episode, Tensor]:
         rng = np.random.default_rng((recipe.seed, *place))
         episode = sampler.draw(rng)
         chosen = np.concatenate([episode.support, episode.query])
         drawn = Augmentation.draw(len(chosen), recipe.smallest_crop, recipe.jitter, rng)
         x = drawn.apply(images[chosen], recipe.size)
-        if recipe.rotated:
-            turned = rng.random(episode.ways) < recipe.rotated
-            turns = np.where(turned, rng.integers(1, TURNS, episode.ways), 0)
-            ways = np.concatenate([episode.support_ways, episode.query_ways])
-            x = turn(x, turns[ways])
-        return x, episode
+        if not recipe.rotated:
+            return x, episode, torch.from_numpy(classes[chosen])
+        turned = rng.random(episode.ways) < recipe.rotated
+        turns = np.where(turned, rng.integers(1, TURNS, episode.ways), 0)
+        turns = turns[np.concatenate([episode.support_ways, episode.query_ways])]
+        return turn(x, turns), episode, torch.from_numpy(classes[chosen] * TURNS + turns)
 
     def train(epoch: int) -> Iterator[Step]:
         numbers = np.arange(recipe.episodes).reshape(steps, -1)[:, mine]
@@ -124,7 +157,7 @@ def metatrain(
             loss_sum = accuracy = 0.0
             share = numbers.shape[1]
             for left in reversed(range(share)):
-                x, episode = next(batches)
+                x, episode, targets = next(batches)
                 # Ranks exchange gradients once a step, with its last episode.
                 local = left and isinstance(wrapped, DistributedDataParallel)
                 with wrapped.no_sync() if local else nullcontext():  # type: ignore[operator]
@@ -132,6 +165,7 @@ def metatrain(
                         x.to(run.ranks.device, dtype),
                         torch.from_numpy(episode.support_ways).to(run.ranks.device),
                         torch.from_numpy(episode.query_ways).to(run.ranks.device),
+                        targets.to(run.ranks.device),
                     )
                     (loss / share).backward()
                 loss_sum += finite(loss.item())
@@ -143,13 +177,34 @@ def metatrain(
         "training": "meta-train",
         "weights": _digest(backbone),
         "images": len(images),
-        "classes": len(np.unique(labels)),
+        "classes": len(names),
         "recipe": asdict(recipe),
     }
     history = run_epochs(run, learner, identity, recipe.epochs, steps, train)
     result = learner.result
     assert isinstance(result, EpisodeLoss)  # narrows nn.Module for the type checker
     return result, history
+
+
+def _class_vectors(
+    backbone: Backbone,
+    images: NDArray[np.uint8],
+    classes: NDArray[np.int64],
+    recipe: MetaRecipe,
+) -> Tensor:
+    """(classes, m) mean features of some images of each class, or of each turn of each class."""
+    backbone = copy.deepcopy(backbone).eval()
+    rng = np.random.default_rng((recipe.seed, recipe.epochs))  # of no episode
+    vectors = []
+    for number in range(classes.max() + 1):
+        chosen = np.flatnonzero(classes == number)[:CLASS_VECTOR_IMAGES]
+        # Crops of the whole image, at most flipped.
+        x = Augmentation.draw(len(chosen), 1.0, 0.0, rng).apply(images[chosen], recipe.size)
+        for turns in range(TURNS if recipe.rotated else 1):
+            turned = torch.rot90(x, turns, (2, 3)).to(next(backbone.parameters()).dtype)
+            with torch.no_grad():
+                vectors.append(functional.normalize(backbone(turned)).mean(0))
+    return functional.normalize(torch.stack(vectors))
 
 
 def _digest(backbone: Backbone) -> str:

@@ -118,6 +118,8 @@ class MetaRecipe:
     size: side of the training images in pixels. smallest_crop, jitter: see `Augmentation.draw`.
     rotated: share of an episode's classes whose images are all turned by the same one, two or three
     quarters.
+    supervised: weight of the loss, over all of an episode's images, of a cosine classifier of all
+    training classes (and of their turns, if some are rotated).
 
     Raises ValueError naming a field that is out of range.
     """
@@ -139,6 +141,8 @@ class MetaRecipe:
     smallest_crop: float = 0.08
     jitter: float = 0.4
     rotated: float = 0.0
+    supervised: float = 0.0
+    label_smoothing: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
