@@ -2,13 +2,14 @@
 
     TINYTRAIN_DATA=DIR TINYTRAIN_WEIGHTS=DIR python -m benchmarks.real_episodes --episodes 20
 
-For each imported network and test domain (traffic signs, Omniglot's evaluation alphabets, flowers):
-5 to 20 ways, 3 to 10 shots, up to 9 queries a class from the remaining images (traffic signs: from
-other tracks), adapted by `tinytrain_ext.adapt` within 1 MiB and 15 %. Same episodes for every
-network. Nothing is chosen on these domains: --domains clothing grocery sign_digits are there for
-that. --variants compares ways to adapt on the same episodes: "default", or what differs from it,
-such as views=8, optimizer=in_place_sgd or frozen_weights=int8,views=4. One JSON line an episode in
---out, which a second run continues; a table at the end.
+For each network (the imported ones, or those of --networks) and test domain (traffic signs,
+Omniglot's evaluation alphabets, flowers): 5 to 20 ways, 3 to 10 shots, up to 9 queries a class from
+the remaining images (traffic signs: from other tracks), adapted by `tinytrain_ext.adapt` within 1
+MiB and 15 %. Same episodes for every network. Nothing is chosen on these domains: --domains
+clothing grocery sign_digits are there for that. --variants compares ways to adapt on the same
+episodes: "default", or what differs from it, such as views=8, optimizer=in_place_sgd or
+frozen_weights=int8,views=4. One JSON line an episode in --out, which a second run continues; a
+table at the end.
 """
 
 from __future__ import annotations
@@ -150,6 +151,13 @@ def options_of(variant: str) -> dict[str, Any]:
     return options
 
 
+def load_network(name: str) -> tt.Network:
+    """An imported network by its architecture, the embedded one, or any network file's."""
+    if name in NETWORKS:
+        return import_int8(Path(os.environ["TINYTRAIN_WEIGHTS"]) / f"{NETWORKS[name]}.pkl")
+    return tt.default_network() if name == "embedded" else tt.Network.load(name)
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half of its 95 % interval."""
     return float(np.mean(values)), float(1.96 * np.std(values, ddof=1) / np.sqrt(len(values)))
@@ -160,7 +168,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--episodes", type=int, default=20)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        default=list(NETWORKS),
+        metavar="NAME",
+        help=f"{', '.join(NETWORKS)} (default: all), embedded, or a network file",
+    )
     parser.add_argument(
         "--domains", nargs="+", default=list(DOMAINS), choices=(*DOMAINS, *VALIDATION_DOMAINS)
     )
@@ -172,12 +186,13 @@ def main() -> int:
         "--out", type=Path, required=True, help="JSON lines; continued if it exists"
     )
     arguments = parser.parse_args()
-    places = {name: os.environ.get(name) for name in ("TINYTRAIN_DATA", "TINYTRAIN_WEIGHTS")}
-    for name, place in places.items():
-        if not place:
-            print(f"{name} is not set: it names the folder with the data", file=sys.stderr)
+    needed = ["TINYTRAIN_DATA"]
+    needed += ["TINYTRAIN_WEIGHTS"] if NETWORKS.keys() & set(arguments.networks) else []
+    for variable in needed:
+        if not os.environ.get(variable):
+            print(f"{variable} is not set: it names the folder with the data", file=sys.stderr)
             return 2
-    data, weights = Path(str(places["TINYTRAIN_DATA"])), Path(str(places["TINYTRAIN_WEIGHTS"]))
+    data = Path(os.environ["TINYTRAIN_DATA"])
     rows = (
         [json.loads(line) for line in arguments.out.read_text().splitlines()]
         if arguments.out.exists()
@@ -187,7 +202,7 @@ def main() -> int:
     budget = tt.Budget(memory_bytes=arguments.memory, compute=arguments.compute)
     with arguments.out.open("a") as out:
         for name in arguments.networks:
-            network = import_int8(weights / f"{NETWORKS[name]}.pkl")
+            network = load_network(name)
             for domain in arguments.domains:
                 for episode, variant in product(range(arguments.episodes), arguments.variants):
                     if (name, variant, domain, episode) in done:

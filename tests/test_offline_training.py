@@ -172,7 +172,8 @@ def test_meta_training_learns_and_leaves_its_input_alone(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("rotated", [0.0, 0.5])
 def test_a_classifier_of_all_classes_can_help(rotated: float, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(META, supervised=2.0, label_smoothing=0.1, rotated=rotated)
+    learning = {"epochs": 8, "learning_rate": 1e-4, "smallest_crop": 0.8, "rotated": rotated}
+    recipe = dataclasses.replace(META, supervised=2.0, label_smoothing=0.1, **learning)
     backbone = Backbone.from_network(tiny_network())
     model, history = metatrain(backbone, 10.0, IMAGES, LABELS, recipe, Run(tmp_path))
     assert model.class_vectors.shape == (16 if rotated else 4, backbone.feature_dim)
