@@ -1,6 +1,8 @@
 """Few-shot accuracy of a network as it is: episodes of nearest prototypes (Eq. 1), no adaptation.
 
-python -m tinytrain_ext.offline.evaluate_backbone NETWORK --data DIR --split FILE
+    python -m tinytrain_ext.offline.evaluate_backbone NETWORK ... --data DIR --split FILE
+
+Networks are measured on the same episodes, and later ones compared with the first, pair by pair.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from ..protonet import compute_prototypes, cosine_logits
 from .backbones import embed
 from .image_cache import cached_images, list_images, read_split
 
-__all__ = ["Accuracy", "episode_accuracy", "main"]
+__all__ = ["Accuracy", "episode_accuracies", "episode_accuracy", "main"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Accuracy:
     episodes: int
 
 
-def episode_accuracy(
+def episode_accuracies(
     features: NDArray[np.floating],
     labels: NDArray[np.int64],
     *,
@@ -47,8 +49,10 @@ def episode_accuracy(
     episodes: int,
     rng: np.random.Generator,
     queries: int = 15,
-) -> Accuracy:
-    """Accuracy over random episodes: a query belongs to the prototype of largest cosine.
+) -> NDArray[np.float64]:
+    """Accuracy of each of some random episodes, (episodes,) in per cent.
+
+    A query belongs to the prototype of largest cosine.
 
     features: (N, m). labels: (N,). queries: per class; support and query are disjoint.
 
@@ -62,18 +66,36 @@ def episode_accuracy(
         prototypes = compute_prototypes(support, episode.support_ways, ways)
         nearest = cosine_logits(features[episode.query], prototypes, 1.0).argmax(axis=1)
         accuracies[number] = 100 * np.mean(nearest == episode.query_ways)
-    mean, interval = mean_and_interval(accuracies)
-    return Accuracy(mean, interval, ways, shots, queries, episodes)
+    return accuracies
+
+
+def episode_accuracy(
+    features: NDArray[np.floating],
+    labels: NDArray[np.int64],
+    *,
+    ways: int,
+    shots: int,
+    episodes: int,
+    rng: np.random.Generator,
+    queries: int = 15,
+) -> Accuracy:
+    """`episode_accuracies`, and what they come to."""
+    accuracies = episode_accuracies(
+        features, labels, ways=ways, shots=shots, episodes=episodes, rng=rng, queries=queries
+    )
+    return Accuracy(*mean_and_interval(accuracies), ways, shots, queries, episodes)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints one JSON line per number of shots."""
+    """Prints one JSON line per network and number of shots."""
     parser = argparse.ArgumentParser(
         prog="python -m tinytrain_ext.offline.evaluate_backbone",
         description="Few-shot accuracy of a network without adaptation.",
     )
     parser.add_argument(
-        "network",
+        "networks",
+        nargs="+",
+        metavar="NETWORK",
         help="a network file, or random:NAME for an untrained one "
         f"(NAME: {', '.join(sorted(ARCHITECTURES))})",
     )
@@ -90,28 +112,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)
-    prefix, _, name = options.network.partition("random:")
-    if name and not prefix:
-        if name not in ARCHITECTURES:
-            parser.error(f"random: expected one of {', '.join(ARCHITECTURES)}, got {name!r}")
-        network = random_network(ARCHITECTURES[name], np.random.default_rng(options.seed))
-    else:
-        network = Network.load(options.network)
     paths, labels = list_images(options.data, read_split(options.split, options.subset))
-    images = cached_images(paths, network.resize, network.input_size, options.cache)
-    features = embed(network, images)
-    for shots in options.shots:
-        accuracy = episode_accuracy(
-            features,
-            labels,
-            ways=options.ways,
-            shots=shots,
-            queries=options.queries,
-            episodes=options.episodes,
-            rng=np.random.default_rng(options.seed),
-        )
-        row = {"network": network.name, "subset": options.subset, **asdict(accuracy)}
-        sys.stdout.write(json.dumps(row) + "\n")
+    first: dict[int, NDArray[np.float64]] = {}
+    for source in options.networks:
+        network = _network(source, options.seed)
+        images = cached_images(paths, network.resize, network.input_size, options.cache)
+        features = embed(network, images)
+        for shots in options.shots:
+            accuracies = episode_accuracies(
+                features,
+                labels,
+                ways=options.ways,
+                shots=shots,
+                queries=options.queries,
+                episodes=options.episodes,
+                rng=np.random.default_rng(options.seed),
+            )
+            accuracy = Accuracy(
+                *mean_and_interval(accuracies),
+                options.ways,
+                shots,
+                options.queries,
+                options.episodes,
+            )
+            row = {"network": source, "subset": options.subset, **asdict(accuracy)}
+            if shots in first:
+                row["minus_first"] = mean_and_interval(accuracies - first[shots])
+            first.setdefault(shots, accuracies)
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
+
+
+def _network(source: str, seed: int) -> Network:
+    """The network of a file, or an untrained one."""
+    prefix, _, name = source.partition("random:")
+    if not name or prefix:
+        return Network.load(source)
+    if name not in ARCHITECTURES:
+        raise ValueError(f"random: expected one of {', '.join(ARCHITECTURES)}, got {name!r}")
+    return random_network(ARCHITECTURES[name], np.random.default_rng(seed))
 
 
 if __name__ == "__main__":
