@@ -144,6 +144,8 @@ def options_of(variant: str) -> dict[str, Any]:
             options[name] = Views(int(value))
         elif name in ("optimizer", "frozen_weights"):
             options[name] = value
+        elif name in ("prototype_gradient", "biases"):
+            options[name] = bool(int(value))
         elif name == "learning_rate":
             options[name] = float(value)
         else:

@@ -7,7 +7,7 @@ from tinytrain_ext.cost import inspected_layers, profile
 from tinytrain_ext.errors import BudgetExceeded, NonFiniteError
 from tinytrain_ext.network import Network
 from tinytrain_ext.protonet import compute_prototypes
-from tinytrain_ext.selection import Budget, UpdatePolicy, full_train, last_layer
+from tinytrain_ext.selection import Budget, LayerUpdate, UpdatePolicy, full_train, last_layer
 
 NETWORK = tiny_network()
 IMAGES, LABELS = shapes_task(shots=5)
@@ -258,3 +258,32 @@ def test_classify(result):
     assert some.labels.count("unknown") == (found.probabilities < threshold).sum()
     with pytest.raises(ValueError, match="'tiny': has no classes; adapt it first"):
         classify(NETWORK, images)
+
+
+def test_the_gradient_may_reach_the_support_through_the_prototypes(result):
+    """One SGD step against central differences of the loss of both passes."""
+    last = len(NETWORK.convolutions) - 1
+    policy = UpdatePolicy({last: LayerUpdate("out", (2, 7))})
+    options = {"policy": policy, "budget": None, "iterations": 1, "optimizer": "sgd"}
+    rate = 1e-3
+    detached = adapted(**options, learning_rate=rate)
+    whole = adapted(**options, learning_rate=rate, prototype_gradient=True)
+    assert whole.history[0].loss == pytest.approx(detached.history[0].loss)
+    step = (NETWORK.weights[last] - whole.network.weights[last])[[2, 7]] / rate
+    assert not np.allclose(
+        step, (NETWORK.weights[last] - detached.network.weights[last])[[2, 7]] / rate, rtol=0.05
+    )
+
+    def loss(weights):
+        network = NETWORK.replace(weights=(*NETWORK.weights[:last], weights))
+        return adapt(network, IMAGES, LABELS, **options).history[0].loss
+
+    for index in ((2, 0), (2, 5), (7, 3), (7, 11)):
+        moved = [NETWORK.weights[last].copy(), NETWORK.weights[last].copy()]
+        moved[0][index] -= 2e-2
+        moved[1][index] += 2e-2
+        slope = (loss(moved[1]) - loss(moved[0])) / 4e-2
+        found = step[(2, 7).index(index[0]), index[1]].item()
+        assert found == pytest.approx(slope, rel=0.1, abs=2e-3)
+    with pytest.raises(ValueError, match="prototype_gradient: 'in_place_sgd'"):
+        adapted(prototype_gradient=True, optimizer="in_place_sgd")

@@ -8,6 +8,7 @@ from tinytrain_ext.protonet import (
     cosine_logits,
     leave_one_out,
     loss_and_gradient,
+    loss_and_gradients,
     probabilities,
     unknown_threshold,
 )
@@ -134,3 +135,26 @@ def test_one_shot_classes_cannot_be_judged():
     found = leave_one_out(np.ones((1, 3)), 0, np.eye(3), 10.0)
     assert len(found) == 0
     assert unknown_threshold(found) == 0.0
+
+
+def test_gradients_reach_both_sets():
+    support, support_labels = task(ways=3, shots=4)
+    query, labels = task(ways=3, shots=2, seed=5)
+    support_labels, support = support_labels[::-1], support[::-1].copy()
+    loss, correct, grad_query, grad_support = loss_and_gradients(
+        query, labels, support, support_labels, 3, 10.0
+    )
+    prototypes = compute_prototypes(support, support_labels, 3)
+    expected = loss_and_gradient(query, labels, prototypes, 10.0)
+    assert (loss, correct) == pytest.approx(expected[:2])
+    np.testing.assert_allclose(grad_query, expected[2])
+    for index in np.ndindex(support.shape):
+        moved = [support.copy(), support.copy()]
+        moved[0][index] -= 1e-6
+        moved[1][index] += 1e-6
+        below, above = (
+            loss_and_gradients(query, labels, one, support_labels, 3, 10.0)[0] for one in moved
+        )
+        assert grad_support[index] == pytest.approx((above - below) / 2e-6, rel=1e-4, abs=1e-7)
+    with pytest.raises(ValueError, match="labels: class 1 has no features"):
+        loss_and_gradients(query, labels, support, support_labels * 0, 3, 10.0)

@@ -48,8 +48,8 @@ class PySession {
     session_->prefix(in, out);
   }
 
-  Array<T> embed(const py::array& images, bool prefix) {
-    const Images<T> in = view(images, prefix, py::none());
+  Array<T> embed(const py::array& images, bool prefix, const py::object& augmentation) {
+    const Images<T> in = view(images, prefix, augmentation);
     Array<T> features({in.count, static_cast<int64_t>(graph().features())});
     T* out = features.mutable_data();
     const ExclusiveCall call(mutex_);

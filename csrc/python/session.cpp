@@ -16,7 +16,7 @@ void bind_session<TT_REAL>(py::module_& m) {
            py::arg("request"), py::kw_only(), py::arg("weights"), py::arg("biases"), py::arg("mean"), py::arg("std"),
            py::arg("isa"))
       .def("prefix", &S::prefix, py::arg("images"), py::arg("augmentation"), py::arg("out").noconvert())
-      .def("embed", &S::embed, py::arg("images"), py::arg("prefix"))
+      .def("embed", &S::embed, py::arg("images"), py::arg("prefix"), py::arg("augmentation"))
       .def("set_prototypes", &S::set_prototypes, py::arg("images"), py::arg("prefix"), py::arg("labels").noconvert(),
            py::arg("ways"), py::arg("keep"))
       .def("update_prototypes", &S::update_prototypes)

@@ -52,7 +52,9 @@ class _Session(Generic[_T]):
         augmentation: NDArray[np.float32] | None,
         out: NDArray[_T],
     ) -> None: ...
-    def embed(self, images: NDArray[Any], prefix: bool) -> NDArray[_T]: ...
+    def embed(
+        self, images: NDArray[Any], prefix: bool, augmentation: NDArray[np.float32] | None
+    ) -> NDArray[_T]: ...
     def set_prototypes(
         self,
         images: NDArray[Any],

@@ -242,6 +242,7 @@ def _adapted(
         optimizer=args.optimizer,
         learning_rate=args.learning_rate,
         views=None if args.views is None else Views(args.views, args.cache, args.cache_dir),
+        prototype_gradient=args.prototype_gradient,
         frozen_weights=args.frozen_weights,
         threads=args.threads,
         seed=args.seed,
@@ -622,6 +623,12 @@ def _add_adaptation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="keep that in a file there, not in RAM"
+    )
+    parser.add_argument(
+        "--prototype-gradient",
+        action="store_true",
+        help="let gradients reach the photos through their classes' prototypes, too; slower, often "
+        "better",
     )
     parser.add_argument(
         "--frozen-weights",

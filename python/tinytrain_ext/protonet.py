@@ -17,6 +17,7 @@ __all__ = [
     "cosine_logits",
     "leave_one_out",
     "loss_and_gradient",
+    "loss_and_gradients",
     "probabilities",
     "unknown_threshold",
 ]
@@ -65,24 +66,66 @@ def loss_and_gradient(
     Returns the sum over images, the number of images classified correctly (the lower class wins a
     tie), and the gradient (N, m) with respect to each feature.
     """
-    labels = _checked_labels(labels, len(features), len(prototypes))
-    units, directions = _normalised(features), _normalised(prototypes)
+    directions = _normalised(prototypes)
+    loss, correct, grad_logits = _cross_entropy(features, labels, directions, scale)
+    along = grad_logits @ directions * features.dtype.type(scale)
+    return loss, correct, _before_normalisation(features, along)
+
+
+def loss_and_gradients(
+    features: NDArray[Any],
+    labels: NDArray[np.int64],
+    support: NDArray[Any],
+    support_labels: NDArray[np.int64],
+    ways: int,
+    scale: float,
+) -> tuple[float, int, NDArray[Any], NDArray[Any]]:
+    """`loss_and_gradient` against the prototypes of a support set, gradients reaching both sets.
+
+    support: (S, m) and support_labels: (S,), every class at least once. Returns the summed loss,
+    the number classified correctly, and the gradients (N, m) of the features and (S, m) of the
+    support features, through their class's mean.
+    """
+    support_labels = _checked_labels(support_labels, len(support), ways)
+    prototypes = compute_prototypes(support, support_labels, ways)
+    loss, correct, grad_logits = _cross_entropy(features, labels, prototypes, scale)
     factor = features.dtype.type(scale)
-    logits = units @ directions.T * factor
+    gradient = _before_normalisation(features, grad_logits @ prototypes * factor)
+    counts = np.bincount(support_labels, minlength=ways)[:, None].astype(features.dtype)
+    sums = np.zeros_like(prototypes)
+    np.add.at(sums, support_labels, support)
+    along = grad_logits.T @ _normalised(features) * factor
+    of_means = _before_normalisation(sums / counts, along) / counts
+    return loss, correct, gradient, of_means[support_labels]
+
+
+def _cross_entropy(
+    features: NDArray[Any],
+    labels: NDArray[np.int64],
+    directions: NDArray[Any],
+    scale: float,
+) -> tuple[float, int, NDArray[Any]]:
+    """The summed loss, how many are right, and the gradient (N, ways) of the logits."""
+    labels = _checked_labels(labels, len(features), len(directions))
+    logits = _normalised(features) @ directions.T * features.dtype.type(scale)
     shifted = logits - logits.max(axis=1, keepdims=True, initial=-np.inf)
     rows = np.arange(len(labels))
     log_sums = np.log(np.exp(shifted).sum(axis=1))
     loss = float((log_sums - shifted[rows, labels]).sum())
     grad_logits = _softmax(logits)
     grad_logits[rows, labels] -= 1
-    # d cos(f, c) / d f = (c - f cos(f, c)) / |f| for unit f and c on the right
-    along = grad_logits @ directions * factor
-    radial = (along * units).sum(axis=1, keepdims=True)
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    safe = np.where(norms > 0, norms, 1)
-    gradient = np.where(norms > 0, (along - radial * units) / safe, 0)
     correct = int((logits.argmax(axis=1) == labels).sum()) if len(labels) else 0
-    return loss, correct, gradient
+    return loss, correct, grad_logits
+
+
+def _before_normalisation(vectors: NDArray[Any], along: NDArray[Any]) -> NDArray[Any]:
+    """The gradient of vectors (N, m) from that of their directions: without its radial part."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    safe = np.where(norms > 0, norms, 1).astype(vectors.dtype)
+    units = vectors / safe
+    radial = (along * units).sum(axis=1, keepdims=True)
+    gradient: NDArray[Any] = np.where(norms > 0, (along - radial * units) / safe, 0)
+    return gradient
 
 
 def leave_one_out(

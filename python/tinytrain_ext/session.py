@@ -330,9 +330,11 @@ class Session:
         self._core.prefix(_images(images)[0], _augmentation(augmentation), out)
         return Prefix(out)
 
-    def embed(self, images: NDArray[Any] | Prefix) -> NDArray[Any]:
+    def embed(
+        self, images: NDArray[Any] | Prefix, augmentation: Augmentation | None = None
+    ) -> NDArray[Any]:
         """Features (N, m) of images (N, H, W, 3): uint8, or float32 already normalised."""
-        return np.asarray(self._core.embed(*_images(images)))
+        return np.asarray(self._core.embed(*_images(images), _augmentation(augmentation)))
 
     def set_prototypes(
         self,
