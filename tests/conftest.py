@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = RELEASE_FILES.keys() - {"mcunet"}
 
     def left_out(item: pytest.Item) -> bool:
-        if item.path.name not in {"test_session.py", "test_plan.py"}:
+        if item.path.name not in {"test_session.py", "test_plan.py", "test_nn_models.py"}:
             return item.name == "test_the_embedded_network_learns_the_task"
         callspec = getattr(item, "callspec", None)
         return callspec is not None and bool(others.intersection(callspec.id.split("-")))

@@ -163,6 +163,7 @@ class PySession {
   }
 
   Array<T> gradient(int index) const {
+    need_gradients();
     Array<T> out(gradient_shape(index));
     if (session_->plan().gradient < 0) throw py::value_error("gradient: was applied in place and is not kept");
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -172,6 +173,7 @@ class PySession {
 
   // All of them one after another.
   Array<T> flat_gradient() const {
+    need_gradients();
     const Plan& plan = session_->plan();
     Array<T> out(plan.gradient_count);
     T* const values = out.mutable_data();
@@ -253,6 +255,10 @@ class PySession {
       in.augmentation = reinterpret_cast<const AugmentationRow*>(rows);
     }
     return in;
+  }
+
+  void need_gradients() const {
+    if (session_->plan().optimizer == Optimizer::kInPlaceSgd) throw py::value_error("gradients: in_place_sgd keeps none");
   }
 
   void need_training(const char* call) const {

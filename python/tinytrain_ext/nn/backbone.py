@@ -15,6 +15,7 @@ from ..network import Network, Operation
 from ..selection import LayerUpdate, UpdatePolicy
 from ..session import Plan, Session
 from .functional import check_autocast
+from .layers import Seen
 
 __all__ = ["SparseBackbone", "TorchNetwork"]
 
@@ -119,7 +120,7 @@ class SparseBackbone(nn.Module):
         self._shapes = [part.shape for part in parts]
         selected = np.concatenate([part.ravel() for part in parts])
         self.selected = nn.Parameter(torch.from_numpy(selected))
-        self._version = -1  # of `selected`, as the engine has it
+        self._seen: Seen | None = None  # `selected` as the engine has it
 
     def rows(self, layer: int) -> Tensor:
         """The trained weights of a layer of the policy, (S, C / groups, K, K), or (O, S, K, K) for
@@ -169,9 +170,9 @@ class SparseBackbone(nn.Module):
 
     def _update_session(self) -> None:
         """Gives the engine the weights, if they have changed since."""
-        if self.selected._version != self._version:
+        if self._seen is None or not self._seen.same([self.selected]):
             self._session.set_selected(self.selected.detach().numpy())
-            self._version = self.selected._version
+            self._seen = Seen([self.selected])
 
 
 def _rows(weight: NDArray[Any], update: LayerUpdate) -> NDArray[Any]:

@@ -212,7 +212,8 @@ class _Reader:
             plain = len(both) == 2 and len(args) == 2 and kwargs.get("alpha", 1) == 1
             inplace = target in (operator.iadd, "add_")
             kind = "add" if plain and set(kwargs) <= {"alpha"} else "other"
-            self._add(kind, node, tuple(both) if plain else inputs, inplace=inplace)
+            sources = tuple(both) if plain else inputs
+            self._add(kind, node, sources, inplace=inplace, options={"name": name})
         elif target in _RECTIFIERS:
             inplace = name.endswith("_") or bool(kwargs.get("inplace") or args[1:2] == (True,))
             options = {"activation": _RECTIFIERS[target]}
@@ -220,7 +221,7 @@ class _Reader:
         elif target is F.hardtanh:
             bounds = tuple(_bound(node, ("min_val", "max_val"), (-1.0, 1.0)))
             kind = "activation" if bounds == (0, 6) else "other"
-            self._add(kind, node, inputs, options={"activation": "relu6"})
+            self._add(kind, node, inputs, options={"activation": "relu6", "name": name})
         elif target in _POOLS:
             kind, defaults = _POOLS[target]
             values = _bound(node, tuple(defaults), tuple(defaults.values()))
@@ -231,10 +232,11 @@ class _Reader:
         elif target is F.adaptive_avg_pool2d:
             (size,) = _bound(node, ("output_size",), (None,))
             whole = size in (1, (1, 1), [1, 1])
-            self._add("global_average_pool" if whole else "other", node, inputs)
+            kind = "global_average_pool" if whole else "other"
+            self._add(kind, node, inputs, options={"name": name})
         elif target is torch.mean or target == "mean":
             (dims,) = _bound(node, ("dim",), (None,))
-            self._add(_average(dims), node, inputs, options={"dim": dims})
+            self._add(_average(dims), node, inputs, options={"dim": dims, "name": name})
         elif target in _FLATTENING:
             self._add("flatten", node, inputs)
         else:

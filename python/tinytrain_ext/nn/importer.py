@@ -100,7 +100,6 @@ class _Builder:
         self.number: dict[int, int] = {0: 0}
         self.halves: dict[int, tuple[int, int]] = {}  # averaged over one dimension
         self.pooled: set[int] = set()  # step tensors behind the global average pool
-        self.flat: set[int] = set()  # of them, those of shape (N, m)
         self.head: Step | None = None
         self.head_tensor: int | None = None
 
@@ -145,7 +144,8 @@ class _Builder:
             raise refuse(step, "writes in place to a tensor that is read again later")
 
     def _step(self, tensor: int, step: Step) -> None:
-        if step.kind in ("flatten", "linear") or any(t in self.pooled for t in step.inputs):
+        special = step.kind in ("flatten", "linear")
+        if special or any(t in self.pooled for t in step.inputs):
             self._behind_pool(tensor, step)
             return
         if step.kind == "half_average":
@@ -153,8 +153,10 @@ class _Builder:
             return
         inputs = []
         for source in step.inputs:
+            if source in self.halves:
+                raise refuse(step, "reads an average over one dimension only")
             if source not in self.number:
-                raise refuse(step, "reads what a Network has no tensor for")
+                raise refuse(step, "reads what is behind the linear head")
             inputs.append(self.number[source])
         activation = self._activation(step)
         match step.kind:
@@ -261,11 +263,15 @@ class _Builder:
             raise refuse(step, "an average over one dimension that is no global average pool")
         self._append(tensor, Operation("global_average_pool", (self.number[origin],)))
         self.pooled.add(tensor)
-        self.flat.add(tensor)
 
     def _behind_pool(self, tensor: int, step: Step) -> None:
+        if step.inputs[0] == self.head_tensor:
+            if step.kind != "flatten":
+                raise refuse(step, "stands behind the linear head: expected it to be the last")
+            self.head_tensor = tensor  # of a head that is a 1 x 1 convolution
+            return
         if step.inputs[0] not in self.pooled or len(step.inputs) != 1:
-            if step.kind in ("flatten", "linear") and step.inputs[0] in self.number:
+            if step.inputs[0] in self.number and len(step.inputs) == 1:
                 h, w, _ = self._shape(self.number[step.inputs[0]])
                 raise refuse(
                     step, f"reads a map of {h} x {w} pixels: expected a global average pool before"
@@ -281,10 +287,8 @@ class _Builder:
         if pointwise and getattr(step.module, "kernel_size", None) != (1, 1):
             raise refuse(step, "stands behind the global average pool: expected a 1 x 1 kernel")
         if self.head is not None:
-            raise refuse(step, "a second linear layer: expected one linear head")
+            raise refuse(step, "a second linear head")
         self.head, self.head_tensor = step, tensor
-        # What follows may only flatten it.
-        self.number.pop(tensor, None)
 
     def classifier(self, classes: tuple[str, ...]) -> Classifier | None:
         """The linear head, if there is one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -11,11 +11,7 @@ from torch import Tensor, nn
 from ..selection import LayerUpdate
 from .functional import ACTIVATIONS, Call, apply, bit_relu, check_geometry, check_input, forward
 
-__all__ = ["BitReLU", "FoldedBatchNorm2d", "SparseConv2d", "activation_of"]
-
-
-# Of each tensor: which data it has, and how often it was changed in place; None: cannot be told.
-_State = tuple[tuple[int, int], ...] | None
+__all__ = ["BitReLU", "FoldedBatchNorm2d", "Seen", "SparseConv2d", "activation_of"]
 
 
 def activation_of(module: nn.Module) -> str | None:
@@ -44,6 +40,8 @@ class SparseConv2d(nn.Module):
     selected rows in their places.
 
     Running statistics and affine part of the batch norm are frozen: as in `eval()`, always.
+    Weights are packed for the kernels again when autograd's version counter says that they changed;
+    it does not see what is written through `rows.data`: write under `torch.no_grad()`.
     """
 
     def __init__(
@@ -223,19 +221,18 @@ class SparseConv2d(nn.Module):
         packed = self._calls.get(size)
         others = (self._plain_bias, *self._norm_tensors)
         frozen = [self._frozen, *(t for t in others if t is not None)]
-        state = _state(frozen)
-        if packed is None or state is None or packed.frozen != state:
-            packed = self._calls[size] = self._pack(x, frozen, state)
+        if packed is None or not packed.frozen.same(frozen):
+            packed = self._calls[size] = _Packed(self._pack(x, frozen), Seen(frozen))
         for trained, put in ((self.rows, self._put_rows), (self._trained_bias, self._put_bias)):
             if trained is None:
                 continue
-            now = _state([trained])
-            if packed.trained.get(put.__name__) != now or now is None:
+            seen = packed.trained.get(put.__name__)
+            if seen is None or not seen.same([trained]):
                 put(packed.call, trained.detach())
-                packed.trained[put.__name__] = now
+                packed.trained[put.__name__] = Seen([trained])
         return packed.call
 
-    def _pack(self, x: Tensor, frozen: list[Tensor], state: _State) -> _Packed:
+    def _pack(self, x: Tensor, frozen: list[Tensor]) -> Call:
         with torch.no_grad():
             weight, bias, scale = self._frozen, self.bias, self._scale()
             if scale is not None:
@@ -244,7 +241,7 @@ class SparseConv2d(nn.Module):
                 if self.update is not None:
                     chosen = scale[self._index] if self.update.axis == "out" else scale
                     scale = chosen.view(-1, 1, 1, 1).to(x.dtype)
-            call = Call.of(
+            return Call.of(
                 x,
                 weight,
                 bias,
@@ -257,7 +254,6 @@ class SparseConv2d(nn.Module):
                 scale=scale,
                 sources=tuple(frozen),
             )
-        return _Packed(call, state)
 
     def _put_rows(self, call: Call, rows: Tensor) -> None:
         if call.scale is not None:
@@ -424,19 +420,34 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
         return x
 
 
-def _state(tensors: list[Tensor]) -> _State:
-    if any(t.is_inference() for t in tensors):
-        return None  # inference tensors count no versions
-    return tuple((t.data_ptr(), t._version) for t in tensors)
+class Seen:
+    """Tensors as they were when something was made of them; tells whether they have changed since.
+
+    By autograd's version counters: a change through `tensor.data` is not seen, here as there.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        # Held, so that no other tensor can come to lie where one of them lay.
+        self._tensors = [tensor.detach() for tensor in tensors]
+        counted = not any(tensor.is_inference() for tensor in tensors)
+        self._versions = [tensor._version for tensor in tensors] if counted else None
+
+    def same(self, tensors: Sequence[Tensor]) -> bool:
+        if self._versions is None or any(tensor.is_inference() for tensor in tensors):
+            return False  # inference tensors count no versions
+        return all(
+            old.data_ptr() == new.data_ptr() and version == new._version
+            for old, new, version in zip(self._tensors, tensors, self._versions, strict=True)
+        )
 
 
 class _Packed:
-    """A packed convolution, and the state of the tensors that it was made of."""
+    """A packed convolution, and what it was made of."""
 
-    def __init__(self, call: Call, frozen: _State) -> None:
+    def __init__(self, call: Call, frozen: Seen) -> None:
         self.call = call
         self.frozen = frozen
-        self.trained: dict[str, _State] = {}
+        self.trained: dict[str, Seen] = {}
 
 
 def _update_of(channels: LayerUpdate | Iterable[int]) -> LayerUpdate | None:
