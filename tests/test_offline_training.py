@@ -42,6 +42,9 @@ from tinytrain_ext.offline.recipes import (
 )
 from tinytrain_ext.offline.training import Epoch, Ranks, Run, learning_rate
 
+FEW = os.environ.get("TINYTRAIN_TEST_CASES") == "few"
+FEW_REASON = "an emulated CPU takes minutes to start processes with PyTorch"
+
 PRE = PretrainRecipe(
     stages=(Stage(16, 2), Stage(24, 2)), batch_size=8, warmup_epochs=1, rotated=0.5, seed=3
 )
@@ -155,6 +158,18 @@ def test_validation_chooses_the_best_epoch(tmp_path: Path) -> None:
     validations = [record["validation"] for record in history_of(tmp_path)]
     assert validations == [{}, {"val": 50.0}, {}, {"val": 70.0}, {"val": 60.0}]
     assert (tmp_path / "best.safetensors").read_bytes() == seen[3] != seen[4]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorBoard's own
+def test_tensorboard_has_the_history(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metatrained_weights(Run(tmp_path, tensorboard=True))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("train/loss")]
+    np.testing.assert_allclose(logged, [record["loss"] for record in history_of(tmp_path)], 1e-6)
 
 
 def test_pre_training_goes_through_its_stages(tmp_path: Path) -> None:
@@ -286,8 +301,8 @@ def start_ranks(count: int, out: Path, dtype: str) -> list[subprocess.Popen[byte
 def test_any_number_of_processes_gives_the_same_losses(
     count: int, dtype: str, tmp_path: Path
 ) -> None:
-    if os.environ.get("TINYTRAIN_TEST_CASES") == "few" and (count, dtype) != (2, "float64"):
-        pytest.skip("an emulated CPU takes minutes to start a process with PyTorch")
+    if FEW and (count, dtype) != (2, "float64"):
+        pytest.skip(FEW_REASON)
     processes = start_ranks(count, tmp_path / "several", dtype)
     alone = meta_losses(tmp_path / "alone", dtype, Ranks())
     assert [process.wait(timeout=300) for process in processes] == [0] * count
@@ -396,6 +411,7 @@ def test_an_unreadable_image_is_named(folder: Path, capsys: pytest.CaptureFixtur
     assert "class3/05.png" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(FEW, reason=FEW_REASON)
 def test_a_killed_run_goes_on_to_the_same_bits(folder: Path) -> None:
     def command(name: str) -> list[str]:
         begin = [sys.executable, "-m", "tinytrain_ext", "meta-train", "--quiet", "--epochs", "40"]

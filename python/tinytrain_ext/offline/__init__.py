@@ -1,1 +1,4 @@
-"""The offline stage, on a server: trainable backbones, pre-training, evaluation. Needs PyTorch."""
+"""The offline stage, on a server: pre-training, meta-training, evaluation. Needs PyTorch.
+
+`commands` and `recipes` are what the command line reads, and need none.
+"""
