@@ -21,7 +21,7 @@ LAYERS = [
     {"errors", "episodes", "_core"},
     {"network"},
     {"architectures"},
-    {"importers", "images", "protonet", "cost"},
+    {"importers", "exporters", "images", "protonet", "cost"},
     {"selection", "demo"},
     {"session"},
     {"fisher", "views"},

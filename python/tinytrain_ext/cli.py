@@ -34,9 +34,10 @@ from .adapt import AdaptResult, adapt, classify
 from .cost import Profile, inspected_layers, profile
 from .demo import draw_task, save_images
 from .errors import BudgetExceeded, ImageError, NonFiniteError
+from .exporters import check_onnx, to_onnx
 from .images import LabelledImages, load_folder, load_images
 from .importers import import_int8
-from .network import Network, default_network
+from .network import Network, default_network, write_atomically
 from .offline.commands import (
     add_metatrain_arguments,
     add_pretrain_arguments,
@@ -87,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(args, EXIT_BUDGET, _larger_budget(args, error))
     except NonFiniteError as error:
         return _fail(args, EXIT_UNEXPECTED, f"{error}; give a smaller --learning-rate")
+    except ArithmeticError as error:
+        return _fail(args, EXIT_UNEXPECTED, str(error))
     except BrokenPipeError:
         # The reader of our output has gone; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -217,6 +220,27 @@ def run_import(args: argparse.Namespace) -> Document:
         "weights": costs.weights,
         "macs": costs.forward_macs,
         "out": str(args.out),
+    }
+
+
+def run_export(args: argparse.Namespace) -> Document:
+    """`tinytrain export`: writes a network for other runtimes, compared with one of them."""
+    _check_writable(args.onnx)
+    network = _network(args.network)
+    try:
+        model = to_onnx(network)
+        parity = check_onnx(network, model)
+    except ImportError as error:
+        raise InputError(str(error)) from error
+    write_atomically(args.onnx, model)
+    return {
+        "command": "export",
+        "network": network.name,
+        "out": str(args.onnx),
+        "bytes": len(model),
+        "runtime": parity.runtime,
+        "images": parity.images,
+        "differences": parity.differences,
     }
 
 
@@ -576,6 +600,16 @@ def _parser() -> argparse.ArgumentParser:
     import_.add_argument("file", type=Path, metavar="FILE.pkl")
     import_.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="the network file to write"
+    )
+
+    export_ = add(
+        "export",
+        "Write a network, adapted or not, as an ONNX file (needs the [onnx] extra).",
+        Command(run_export, report.exported),
+    )
+    export_.add_argument("network", type=Path, metavar="NETWORK", help="a network file")
+    export_.add_argument(
+        "--onnx", type=Path, required=True, metavar="FILE", help="the ONNX file to write"
     )
 
     add_pretrain_arguments(

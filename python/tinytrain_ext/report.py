@@ -139,6 +139,18 @@ def imported(found: Document) -> str:
     )
 
 
+def exported(found: Document) -> str:
+    """The document of `export` for people."""
+    outputs = ", ".join(
+        f"{name} ({difference:.1e})" for name, difference in found["differences"].items()
+    )
+    return (
+        f"{found['out']}: {found['network']}, {found['bytes']:,} bytes\n"
+        f"outputs, and by what share of its largest value {found['runtime']} differs on "
+        f"{found['images']} random images: {outputs}"
+    )
+
+
 def _table(rows: Sequence[tuple[str, ...]], left: tuple[int, ...]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
