@@ -3,7 +3,7 @@
 # passes the project's tests with it, in one process. On x86-64 by cross compiler and emulator, on aarch64 natively.
 # Environment, all optional:
 #   TINYTRAIN_QEMU_CPU        cortex-a53 (default), cortex-a57, max, ...; several separated by spaces run one after the other
-#   TINYTRAIN_TARGET_PYTHON   3.11 (default, Debian 12)
+#   TINYTRAIN_TARGET_PYTHON   3.11 (default, Debian and Raspberry Pi OS 12) or 3.13 (13)
 #   TINYTRAIN_BUILD_PYTHON    the Python that builds (default: python3)
 #   TINYTRAIN_AARCH64_WORK    where everything is put and kept for the next run (default: build/aarch64)
 #   TINYTRAIN_TEST_CASES, TINYTRAIN_WEIGHTS, TINYTRAIN_DATA   see tests/conftest.py
@@ -14,6 +14,11 @@ mkdir -p "${TINYTRAIN_AARCH64_WORK:=$project/build/aarch64}"
 work=$(realpath "$TINYTRAIN_AARCH64_WORK")
 python=${TINYTRAIN_TARGET_PYTHON:-3.11}
 export TINYTRAIN_TARGET_PYTHON=$python
+case $python in
+  3.11) suite=bookworm ;;
+  3.13) suite=trixie ;;
+  *) echo "TINYTRAIN_TARGET_PYTHON: expected 3.11 or 3.13, got $python"; exit 2 ;;
+esac
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore DEBIAN_FRONTEND=noninteractive
 native=false
 if [ "$(uname -m)" = aarch64 ]; then native=true; fi
@@ -52,10 +57,11 @@ if $native; then
   fi
   step "test requirements"
 else
-  if [ ! -e "$work/sysroot/complete" ]; then
-    rm -rf "$work/sysroot"
-    "$tools/sysroot.sh" "$work/sysroot" bookworm "python$python" "libpython$python-dev" libstdc++6
-    touch "$work/sysroot/complete"
+  sysroot=$work/sysroot-$python
+  if [ ! -e "$sysroot/complete" ]; then
+    rm -rf "$sysroot"
+    "$tools/sysroot.sh" "$sysroot" "$suite" "python$python" "libpython$python-dev" libstdc++6
+    touch "$sysroot/complete"
   fi
   step "sysroot"
   platforms=()
@@ -79,18 +85,19 @@ fi
 "$tools/wheel.sh" "$work"
 step "wheel"
 
-rm -rf "$work/installed"
+installed=$work/installed-$python
+rm -rf "$installed"
 if $native; then
-  "$work/tools/bin/pip" install --quiet --no-deps --target "$work/installed" "$work"/wheels/*.whl
+  "$work/tools/bin/pip" install --quiet --no-deps --target "$installed" "$work/wheels/"*-"cp${python/./}"-*.whl
   interpreter=$work/tools/bin/python
 else
-  for_target --no-index --target "$work/installed" "$work"/wheels/*.whl
-  export TINYTRAIN_SYSROOT=$work/sysroot
+  for_target --no-index --target "$installed" "$work/wheels/"*-"cp${python/./}"-*.whl
+  export TINYTRAIN_SYSROOT=$sysroot
   interpreter=$tools/python
 fi
 step "installation"
 
-export PYTHONPATH=$work/installed:$site PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
+export PYTHONPATH=$installed:$site PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
 cd "$project"
 cpus=${TINYTRAIN_QEMU_CPU:-cortex-a53}
 if $native; then cpus=this-machine; fi
