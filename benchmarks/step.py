@@ -145,7 +145,7 @@ class TorchJob:
         task: Task,
         best: bool,
     ) -> None:
-        self.model = TorchNetwork(network, trained, batch_norm=not best)
+        self.model: Any = TorchNetwork(network, trained, batch_norm=not best)
         x = torch.tensor(task.images).permute(0, 3, 1, 2).float() / 127.5 - 1
         if best:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
