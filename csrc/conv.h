@@ -136,29 +136,28 @@ void Convolution<T>::update_weights(const LayerUpdate& update, F&& step) {
       const int ky = tap / k, kx = tap % k;
       if (backward_ && !columns) {
         // Whole rows lie in runs in the backward weights: updated there, copied to the forward ones.
-        const int64_t row = static_cast<int64_t>(ky * k + k - 1 - kx) * out_.channels + o;
-        T* forward = forward_.column(o) + static_cast<int64_t>(tap) * in_.channels * forward_.stride(o);
+        const int64_t row = static_cast<int64_t>(ky * k + k - 1 - kx) * out_.channels + o, stride = forward_.stride(o);
+        T* const forward = forward_.column(o) + stride * tap * in_.channels;
         for (int c = 0, count; c < ins; c += count, offset += count) {
           T* const run = backward_.run(row, c, &count);
           step(run, offset, static_cast<int64_t>(count));
-          for (int i = 0; i < count; ++i) forward[static_cast<int64_t>(c + i) * forward_.stride(o)] = run[i];
+          for (int i = 0; i < count; ++i) forward[(c + i) * stride] = run[i];
         }
         continue;
       }
       // Scattered weights are gathered, updated and put back.
+      const int64_t stride = op_.depthwise ? 1 : forward_.stride(o);
+      T* const weights =
+          op_.depthwise ? depthwise_.data() + tap * depthwise_row_ : forward_.column(o) + stride * tap * in_.channels;
+      const int64_t backward_row = static_cast<int64_t>(ky * k + k - 1 - kx) * out_.channels + o;
       T run[kRun];
       for (int c = 0, count; c < ins; c += count, offset += count) {
         count = ins - c < kRun ? ins - c : kRun;
         const auto at = [&](int i) { return op_.depthwise || columns ? update.channels[c + i] : c + i; };
-        for (int i = 0; i < count; ++i) run[i] = op_.depthwise ? weight(at(i), 0, ky, kx) : weight(o, at(i), ky, kx);
+        for (int i = 0; i < count; ++i) run[i] = weights[at(i) * stride];
         step(run, offset, static_cast<int64_t>(count));
-        for (int i = 0; i < count; ++i) {
-          if (op_.depthwise) {
-            set_weight(at(i), 0, ky, kx, run[i]);
-          } else {
-            set_weight(o, at(i), ky, kx, run[i]);
-          }
-        }
+        for (int i = 0; i < count; ++i) weights[at(i) * stride] = run[i];
+        for (int i = 0; backward_ && i < count; ++i) backward_.at(backward_row, at(i)) = run[i];
       }
     }
   }

@@ -182,13 +182,20 @@ void sgd(const Sgd<T>& s) {
 }
 
 T magnitude(const T* x, int64_t count) {
-  T largest = 0, fault = 0;  // x - x is 0 where x is finite, NaN elsewhere
-  for (int64_t i = 0; i < count; ++i) {
-    const T size = x[i] < 0 ? -x[i] : x[i];
-    largest = size > largest ? size : largest;
-    fault += x[i] - x[i];
+  V largest{}, fault{};  // x - x is 0 where x is finite, NaN elsewhere
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const V v = count - i < kLanes ? load_some(x + i, static_cast<int>(count - i)) : load(x + i);
+    largest = clamp_below(largest, clamp_below(v, -v));
+    fault += v - v;
   }
-  return fault == 0 ? largest : T(__builtin_inf());
+  T sizes[kLanes], faults[kLanes], most = 0, faulty = 0;
+  store(sizes, largest);
+  store(faults, fault);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    most = sizes[lane] > most ? sizes[lane] : most;
+    faulty += faults[lane];
+  }
+  return faulty == 0 ? most : T(__builtin_inf());
 }
 
 void accumulate(const T* __restrict x, int64_t count, T* __restrict y) {
