@@ -3,12 +3,21 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 namespace tinytrain {
 namespace {
 
 constexpr unsigned char kPattern = 0xA5, kGuard = 0x5C;
 constexpr double kLargestGradient = 1e15, kLargestRate = 1e10;
+
+// A stride that visits all of `count` images, neighbours far apart: photos come class by class, and steps taken between them
+// would forget one class over the next.
+int64_t spread(int64_t count) {
+  int64_t stride = std::max<int64_t>(1, count * 618 / 1000);
+  while (std::gcd(stride, count) > 1) ++stride;
+  return stride;
+}
 
 }  // namespace
 
@@ -40,6 +49,7 @@ struct Session<T>::Pass {
   const T* feature_gradients = nullptr;  // backward
   double scale = 0, weight = 0;          // proto_backward
   bool exploded = false;                 // in-place SGD met a gradient that is not finite
+  int64_t stride = 1;                    // from one turn's image to the next one's
   std::atomic<int64_t> next{0};
   ProtoResult result;
 };
@@ -324,9 +334,9 @@ template <class T>
 void Session<T>::run_worker(void* context, int worker) {
   Pass& pass = *static_cast<Pass*>(context);
   for (;;) {
-    const int64_t image = pass.next.fetch_add(1, std::memory_order_relaxed);
-    if (image >= pass.images.count) return;
-    pass.session->run_image(*pass.session->workers_[worker], pass, image);
+    const int64_t turn = pass.next.fetch_add(1, std::memory_order_relaxed);
+    if (turn >= pass.images.count) return;
+    pass.session->run_image(*pass.session->workers_[worker], pass, turn * pass.stride % pass.images.count, turn);
   }
 }
 
@@ -336,6 +346,7 @@ void Session<T>::run_pass(Pass& pass) {
   if (pass.sum_prototypes) {
     std::memset(prototypes_, 0, static_cast<size_t>(ways_) * graph_.features() * sizeof(T));
   }
+  if (pass.program == &plan_.train && plan_.optimizer == Optimizer::kInPlaceSgd) pass.stride = spread(pass.images.count);
   turnstile_.reset();
   const int workers = static_cast<int>(std::min<int64_t>(plan_.threads, std::max<int64_t>(pass.images.count, 1)));
   pool_->run(workers, &Session<T>::run_worker, &pass);
@@ -359,7 +370,7 @@ void Session<T>::normalise_prototypes() {
 }
 
 template <class T>
-void Session<T>::run_image(Worker& worker, Pass& pass, int64_t image) {
+void Session<T>::run_image(Worker& worker, Pass& pass, int64_t image, int64_t turn) {
   const Program& program = *pass.program;
   const bool training = pass.program == &plan_.train;
   worker.slots = training ? &worker.train_slots : &worker.embed_slots;
@@ -401,19 +412,19 @@ void Session<T>::run_image(Worker& worker, Pass& pass, int64_t image) {
     std::copy_n((*worker.slots)[program.cut_slot], prefix_shape().count(), pass.prefix + image * prefix_shape().count());
     return;
   }
-  collect(worker, pass, program, image);
+  collect(worker, pass, program, image, turn);
 }
 
 // What an image leaves behind, added in the order of images whichever thread comes first.
 template <class T>
-void Session<T>::collect(Worker& worker, Pass& pass, const Program& program, int64_t image) {
+void Session<T>::collect(Worker& worker, Pass& pass, const Program& program, int64_t image, int64_t turn) {
   const int m = graph_.features();
   const T* feature = (*worker.slots)[program.feature];
   if (pass.features) {
     std::memcpy(pass.features + image * m, feature, static_cast<size_t>(m) * sizeof(T));
     return;
   }
-  turnstile_.pass(image, [&] {
+  turnstile_.pass(turn, [&] {
     if (pass.sum_prototypes) {
       kernels_.accumulate(feature, m, prototypes_ + pass.labels[image] * m);
       return;

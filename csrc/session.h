@@ -104,10 +104,10 @@ class Session {
 
   static void run_worker(void* context, int worker);
   void run_pass(Pass& pass);
-  void run_image(Worker& worker, Pass& pass, int64_t image);
+  void run_image(Worker& worker, Pass& pass, int64_t image, int64_t turn);
   void prepare_image(Worker& worker, const Pass& pass, int64_t image);
   void run_steps(Worker& worker, Pass& pass, const Program& program, int from, int to, int64_t image);
-  void collect(Worker& worker, Pass& pass, const Program& program, int64_t image);
+  void collect(Worker& worker, Pass& pass, const Program& program, int64_t image, int64_t turn);
   void head(Worker& worker, Pass& pass, const Program& program, int64_t image);
   void normalise_prototypes();
   Images<T> kept() const;

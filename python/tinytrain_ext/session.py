@@ -233,8 +233,9 @@ class Session:
     network: the Network; its weights are copied. policy: what `backward` computes gradients of and
     `step` updates. fisher_layers: layers whose Fisher sums (Eq. 2) the backward pass collects.
     optimizer: "adam" (0.9, 0.999), "sgd", "momentum" (0.9), or "in_place_sgd": no gradient is kept
-    at all, `backward` and `proto_backward` take a step of in_place_rate after each image, layer by
-    layer as its gradient is known, on one thread; there is nothing for `step` to do.
+    at all, `backward` and `proto_backward` take a step of in_place_rate after each image (in an
+    order that spreads the classes), layer by layer as its gradient is known, on one thread; there
+    is nothing for `step` to do.
     max_ways: classes there is room for. keep_images: images whose frozen-prefix output to keep
     between `update_prototypes` calls, if memory_bytes carries it. threads: workers; fewer where
     memory_bytes does not carry them. memory_bytes: hard limit of the arena in bytes.
