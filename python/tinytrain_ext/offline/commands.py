@@ -216,18 +216,27 @@ def run_metatrain(args: argparse.Namespace) -> Document | None:
 
         images, labels = _training_images(args, ranks)
         run = _run(args, ranks, network.resize, network.input_size, export)
+        assert run.validate is not None  # narrows it for the type checker
+        before = run.validate(network) if ranks.leads else {}
         _, history = metatrain(backbone, network.logit_scale, images, labels, recipe, run)
-        return _finished("meta-train", args, ranks, recipe, history)
+        document = _finished("meta-train", args, ranks, recipe, history)
+        return None if document is None else {**document, "validation_before": before}
 
 
 def render(document: Document) -> str:
     """A finished training, for people."""
-    best = document["history"][document["best_epoch"] - 1]
-    measured = ", ".join(f"{name} {value:.1f} %" for name, value in best["validation"].items())
-    return (
+    best = document["history"][document["best_epoch"] - 1]["validation"]
+    before = document.get("validation_before", {})
+    lines = [
         f"{document['command']}: {len(document['history'])} epochs, the best one was "
-        f"{document['best_epoch']}: {measured}\nnetwork: {document['out']}"
-    )
+        f"{document['best_epoch']}",
+        *(
+            f"  {name}: {value:.1f} %" + (f", before {before[name]:.1f} %" if before else "")
+            for name, value in best.items()
+        ),
+        f"network: {document['out']}",
+    ]
+    return "\n".join(lines)
 
 
 @contextmanager
