@@ -11,9 +11,9 @@ users run), and with BatchNorm folded; converted layers; the whole tail; the eng
 paper's model (B3 + B4, Appendix A.4).
 
 speed: the TT step of benchmarks.step (zoo nets, batch 1), each column with the same loss and
-torch.optim.SGD in PyTorch: converted layers, the whole tail, and stock PyTorch; beside them the
-engine alone. One thread, CPU time, medians of interleaved rounds; the gradients of the columns are
-compared after timing.
+torch.optim.SGD in PyTorch: converted layers, the whole tail (its loss in PyTorch, or inside), and
+stock PyTorch; beside them the engine alone, with its own optimiser. One thread, CPU time, medians
+of interleaved rounds; the gradients of the columns are compared after timing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from torch import nn
 import tinytrain_ext as tt
 from benchmarks.step import (
     LEARNING_RATE,
+    SCALE,
     TT_POLICIES,
+    WAYS,
     OurJob,
     Task,
     TorchJob,
@@ -122,6 +124,17 @@ class DoorJob(TorchJob):
         self.optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)
 
 
+class LossInsideJob(DoorJob):
+    """The same step with the ProtoNet loss in the Function."""
+
+    def __init__(self, model: SparseBackbone, task: Task) -> None:
+        super().__init__(model, task)
+        model.set_prototypes(torch.tensor(task.support), torch.arange(WAYS), WAYS)
+
+    def gradients(self) -> None:
+        self.model.proto_loss(self.x, self.labels, SCALE).backward()
+
+
 def largest_difference(network: tt.Network, policy: tt.UpdatePolicy) -> float:
     """Of the selected weights' gradients of both of ours to torch's, as a share of the largest.
 
@@ -131,12 +144,16 @@ def largest_difference(network: tt.Network, policy: tt.UpdatePolicy) -> float:
     for seed in range(9):
         task = Task(network, 1, seed=100 + seed)
         theirs = TorchJob(network, set(policy.layers), task, best=True)
-        tail, layers = SparseBackbone(network, policy), convert(network.to_torch(), policy)
+        tails = [SparseBackbone(network, policy) for _ in range(2)]
+        layers = convert(network.to_torch(), policy)
         theirs.gradients()
-        for model in (tail, layers):
-            DoorJob(model, task).gradients()
-        gradient = tail.selected.grad
-        assert gradient is not None
+        for job in (
+            DoorJob(tails[0], task),
+            LossInsideJob(tails[1], task),
+            DoorJob(layers, task),
+        ):
+            job.gradients()
+        flat = torch.stack([tail.selected.grad for tail in tails if tail.selected.grad is not None])
         for layer, update in policy.layers.items():
             wanted = theirs.model.convs[layer].weight.grad
             rows = sparse_layers(layers)[layer].rows
@@ -144,9 +161,9 @@ def largest_difference(network: tt.Network, policy: tt.UpdatePolicy) -> float:
             assert rows is not None
             assert rows.grad is not None
             wanted = wanted[list(update.channels)]
-            part, gradient = gradient[: rows.numel()], gradient[rows.numel() :]
-            for column, mine in (("tail", part.view_as(rows)), ("layers", rows.grad)):
-                difference = float((mine - wanted).abs().max() / wanted.abs().max())
+            (tail, inside), flat = flat[:, : rows.numel()], flat[:, rows.numel() :]
+            for column, mine in (("tail", tail), ("inside", inside), ("layers", rows.grad)):
+                difference = float((mine.view_as(wanted) - wanted).abs().max() / wanted.abs().max())
                 found.setdefault((column, layer), []).append(difference)
     worst = max(statistics.median(values) for values in found.values())
     if worst > LARGEST_DIFFERENCE:
@@ -166,6 +183,7 @@ def measure_speed(name: str, rounds: int) -> list[dict[str, Any]]:
         "best torch": TorchJob(network, set(policy.layers), task, best=True).step,
         "converted layers": DoorJob(convert(network.to_torch(), policy), task).step,
         "whole tail": DoorJob(SparseBackbone(network, policy), task).step,
+        "whole tail with loss": LossInsideJob(SparseBackbone(network, policy), task).step,
         "engine alone": OurJob(network, policy, task).step,
     }
     for step in steps.values():
@@ -212,11 +230,11 @@ def print_speed(rows: list[dict[str, Any]]) -> None:
         f"TT step, batch 1 (zoo nets, random weights), isa {rows[0]['isa']}, one thread, CPU time, "
         f"median of {rows[0]['rounds']} interleaved rounds"
     )
-    print(f"{'network':<14}{'':<20}{'ms':>8}  times faster than eager torch (lowest to highest)")
+    print(f"{'network':<14}{'':<22}{'ms':>8}  times faster than eager torch (lowest to highest)")
     for row in rows:
         low, high = row["ratio_spread"]
         print(
-            f"{row['network']:<14}{row['column']:<20}{row['milliseconds']:>8.3f}  "
+            f"{row['network']:<14}{row['column']:<22}{row['milliseconds']:>8.3f}  "
             f"{row['times_faster_than_eager']:.1f}x ({low:.1f} to {high:.1f})"
         )
     print(f"largest difference to torch: {max(r['largest_difference'] for r in rows):.1e}")

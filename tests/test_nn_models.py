@@ -468,6 +468,33 @@ def test_a_training_loop_of_the_whole_tail():
         assert torch.equal(again(torch.tensor(images)), features)
 
 
+@pytest.mark.parametrize("images", [1, 4])
+def test_the_loss_inside_the_tail_is_the_loss_outside(images):
+    network = with_random_biases(tiny_network(feature_mix=True))
+    policy = UpdatePolicy({18: range(20), 23: (0, 4)}, biases=(23,))
+    support, labels = (torch.tensor(array) for array in shapes_task(2, 2))
+    query = torch.tensor(shapes_task(2, 2, seed=1)[0][:images])
+    inside, outside = (nn.SparseBackbone(network, policy, dtype=torch.float64) for _ in range(2))
+    with pytest.raises(ValueError, match="call set_prototypes first"):
+        inside.proto_loss(query, labels[:images])
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (inside, outside)]
+    for _ in range(3):
+        with torch.no_grad():
+            features = outside(support)
+        prototypes = torch.stack([features[labels == way].mean(dim=0) for way in range(2)])
+        wanted = proto_loss(outside(query), labels[:images], prototypes, 7.0) / images
+        inside.set_prototypes(support, labels, 2)
+        loss = inside.proto_loss(query, labels[:images], scale=7.0)
+        torch.testing.assert_close(loss, wanted)
+        for optimizer, value in zip(optimizers, (loss, wanted), strict=True):
+            optimizer.zero_grad()
+            (3 * value).backward()
+            optimizer.step()
+        torch.testing.assert_close(inside.selected, outside.selected, rtol=1e-9, atol=1e-12)
+    saved = saved_bytes(lambda: inside.proto_loss(query, labels[:images]), inside.selected)
+    assert saved == inside.selected.nbytes
+
+
 def test_the_whole_tail_checks_its_inputs():
     network = tiny_network()
     tail = nn.SparseBackbone(network, UpdatePolicy({20: (0,)}))

@@ -85,7 +85,10 @@ class SparseBackbone(nn.Module):
     by layer (`rows` and `bias` show them); gradients and optimiser state have its size. A forward
     pass saves `plan.saved_bytes` an image; other memory is as of one image.
 
-    threads: as of Session. dtype: torch.float32, or torch.float64 to compare to rounding error.
+    `proto_loss` has the ProtoNet loss inside, and saves nothing of the activations.
+
+    max_ways, threads: as of Session. dtype: torch.float32, or torch.float64 to compare to rounding
+    error.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class SparseBackbone(nn.Module):
         network: Network,
         policy: UpdatePolicy,
         *,
+        max_ways: int = 50,
         threads: int = 1,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -108,7 +112,7 @@ class SparseBackbone(nn.Module):
             network,
             policy,
             optimizer="sgd",
-            max_ways=1,
+            max_ways=max_ways,
             threads=threads,
             dtype="float32" if dtype == torch.float32 else "float64",
         )
@@ -149,6 +153,29 @@ class SparseBackbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images: (N, S, S, 3) uint8, or (N, 3, S, S) float32 already normalised, best in
         torch.channels_last -> features (N, m). Raises TypeError and ValueError for others."""
+        features: Tensor = _Backbone.apply(self._checked(images), self.selected, self)  # type: ignore[no-untyped-call]
+        return features
+
+    def set_prototypes(self, images: Tensor, labels: Tensor, ways: int) -> None:
+        """Class prototypes for `proto_loss`: means of the features, under the present weights, of
+        support images (as in `forward`) with labels (N,) in [0, ways), every class at least once.
+        They are constants to the gradient."""
+        self._update_session()
+        self._session.set_prototypes(self._checked(images).numpy(), labels.numpy(), ways)
+
+    def proto_loss(self, images: Tensor, labels: Tensor, scale: float = 10.0) -> Tensor:
+        """Mean ProtoNet cross-entropy (Eq. 1) of images with labels (N,) against the prototypes.
+
+        Each image passes once, forward and backward, when the loss is computed: what waits for
+        `loss.backward()` is the gradient of `selected` alone, whatever the number of images.
+        Raises NonFiniteError if the loss is not finite, ValueError before `set_prototypes`.
+        """
+        checked = self._checked(images)
+        loss: Tensor = _ProtoLoss.apply(checked, labels, scale, self.selected, self)  # type: ignore[no-untyped-call]
+        return loss
+
+    def _checked(self, images: Tensor) -> Tensor:
+        """The images as the engine reads them, (N, S, S, 3)."""
         check_autocast()
         size = self._size
         if images.device.type != "cpu":
@@ -165,8 +192,7 @@ class SparseBackbone(nn.Module):
             raise ValueError(f"images: expected shape (N, *{expected}), got {tuple(images.shape)}")
         if images.dtype == torch.float32:
             images = images.permute(0, 2, 3, 1)
-        features: Tensor = _Backbone.apply(images.contiguous(), self.selected, self)  # type: ignore[no-untyped-call]
-        return features
+        return images.contiguous()
 
     def _update_session(self) -> None:
         """Gives the engine the weights, if they have changed since."""
@@ -204,3 +230,28 @@ class _Backbone(torch.autograd.Function):
             saved.numpy(), grad.contiguous().numpy(), None if again is None else again.numpy()
         )
         return None, torch.from_numpy(session.flat_gradient()), None
+
+
+class _ProtoLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        labels: Tensor,
+        scale: float,
+        selected: Tensor,
+        module: SparseBackbone,
+    ) -> Tensor:
+        module._update_session()
+        session = module._session
+        session.zero_grad()
+        loss, _ = session.proto_backward(images.numpy(), labels.numpy(), scale=scale)
+        if ctx.needs_input_grad[3]:
+            ctx.save_for_backward(torch.from_numpy(session.flat_gradient()))
+        return selected.new_tensor(loss / len(images))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return None, None, None, gradient * grad, None
