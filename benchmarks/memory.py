@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 
 import tinytrain_ext as tt
+from tinytrain_ext.bench.jobs import TT_POLICIES, tt_policy, zoo_network
 from tinytrain_ext.cost import profile
 from tinytrain_ext.demo import draw_task
 from tinytrain_ext.importers import import_int8
 from tinytrain_ext.session import FROZEN_WEIGHTS, OPTIMIZERS, plan
-
-from .step import TT_POLICIES, tt_policy, zoo_network
 
 WAYS = 5
 MIB = 1 << 20

@@ -10,7 +10,7 @@ Networks without the feature mix, random weights. Columns: PyTorch eager with fr
 users run), and with BatchNorm folded; converted layers; the whole tail; the engine's plan; the
 paper's model (B3 + B4, Appendix A.4).
 
-speed: the TT step of benchmarks.step (zoo nets, batch 1), each column with the same loss and
+speed: the TT step of `bench step` (zoo nets, batch 1), each column with the same loss and
 torch.optim.SGD in PyTorch: converted layers, the whole tail (its loss in PyTorch, or inside), and
 stock PyTorch; beside them the engine alone, with its own optimiser. One thread, CPU time, medians
 of interleaved rounds; the gradients of the columns are compared after timing.
@@ -31,21 +31,20 @@ import torch
 from torch import nn
 
 import tinytrain_ext as tt
-from benchmarks.step import (
+from tinytrain_ext import _core
+from tinytrain_ext.architectures import ARCHITECTURES, random_network
+from tinytrain_ext.bench.jobs import (
     LEARNING_RATE,
     SCALE,
     TT_POLICIES,
     WAYS,
     OurJob,
     Task,
-    TorchJob,
-    TorchNetwork,
-    cpu_seconds,
     tt_policy,
     zoo_network,
 )
-from tinytrain_ext import _core
-from tinytrain_ext.architectures import ARCHITECTURES, random_network
+from tinytrain_ext.bench.suite import call_seconds
+from tinytrain_ext.bench.torch_peer import TorchJob, TorchNetwork
 from tinytrain_ext.cost import inspected_layers
 from tinytrain_ext.nn import SparseBackbone, convert, sparse_layers
 from tinytrain_ext.session import plan
@@ -138,7 +137,7 @@ class LossInsideJob(DoorJob):
 def largest_difference(network: tt.Network, policy: tt.UpdatePolicy) -> float:
     """Of the selected weights' gradients of both of ours to torch's, as a share of the largest.
 
-    The median over nine images: rounding can tip a value on a ReLU6's corner (see benchmarks.step).
+    The median over nine images: rounding can tip a value on a ReLU6's corner (bench.torch_peer.check).
     """
     found: dict[tuple[str, int], list[float]] = {}
     for seed in range(9):
@@ -192,7 +191,7 @@ def measure_speed(name: str, rounds: int) -> list[dict[str, Any]]:
     times: dict[str, list[float]] = {column: [] for column in steps}
     for _ in range(rounds):
         for column, step in steps.items():
-            times[column].append(cpu_seconds(step, REPEATS))
+            times[column].append(call_seconds(step, REPEATS))
     difference = largest_difference(network, policy)
     rows = []
     for column, seconds in times.items():

@@ -1,7 +1,15 @@
 #include "dispatch.h"
 
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace tinytrain {
 
@@ -60,6 +68,23 @@ const Kernels<float>& choose(const std::string& name, const char* source) {
 }
 
 }  // namespace
+
+Cpu identify_cpu() {
+  Cpu cpu;
+#if defined(__x86_64__)
+  char brand[49] = {};
+  for (unsigned part = 0; part < 3; ++part) {
+    unsigned words[4];
+    if (!__get_cpuid(0x80000002 + part, &words[0], &words[1], &words[2], &words[3])) break;
+    std::memcpy(brand + 16 * part, words, sizeof words);
+  }
+  cpu.brand = brand;
+#elif defined(__aarch64__)
+  cpu.hwcap = getauxval(AT_HWCAP);
+  if (cpu.hwcap & HWCAP_CPUID) asm("mrs %0, midr_el1" : "=r"(cpu.midr));
+#endif
+  return cpu;
+}
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;

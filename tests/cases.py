@@ -10,82 +10,16 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from tinytrain_ext.architectures import ARCHITECTURES, operations
-from tinytrain_ext.network import tensor_shapes
+from tinytrain_ext.architectures import ARCHITECTURES
+from tinytrain_ext.bench.jobs import LayerShape as ConvCase
+from tinytrain_ext.bench.jobs import layer_shapes
 
 __all__ = ["CASES", "NETWORK_CASES", "TAIL_CASES", "ConvCase", "few"]
 
-_INPUT_SIZE = 128
-
-
-@dataclass(frozen=True)
-class ConvCase:
-    """One convolution: kind is "pointwise", "depthwise" or "dense" (any other)."""
-
-    in_channels: int
-    out_channels: int
-    height: int
-    width: int
-    kernel: int = 1
-    stride: int = 1
-    padding: int = 0
-    depthwise: bool = False
-
-    @property
-    def kind(self) -> str:
-        if self.depthwise:
-            return "depthwise"
-        pointwise = self.kernel == 1 and self.stride == 1 and self.padding == 0
-        return "pointwise" if pointwise else "dense"
-
-    @property
-    def name(self) -> str:
-        return (
-            f"{self.kind}-{self.in_channels}to{self.out_channels}-{self.height}x{self.width}"
-            f"-k{self.kernel}s{self.stride}p{self.padding}"
-        )
-
-    @property
-    def weight_shape(self) -> tuple[int, int, int, int]:
-        fan_in = 1 if self.depthwise else self.in_channels
-        return (self.out_channels, fan_in, self.kernel, self.kernel)
-
-    @property
-    def output_size(self) -> tuple[int, int]:
-        """(height, width) of the output."""
-        reach = 2 * self.padding - self.kernel
-        return (self.height + reach) // self.stride + 1, (self.width + reach) // self.stride + 1
-
-    @property
-    def macs(self) -> int:
-        height, width = self.output_size
-        fan_in = self.kernel**2 * (1 if self.depthwise else self.in_channels)
-        return height * width * self.out_channels * fan_in
-
 
 def _network_cases() -> list[ConvCase]:
-    cases: list[ConvCase] = []
-    for architecture in ARCHITECTURES.values():
-        graph = operations(architecture, feature_mix=True)
-        shapes = tensor_shapes(graph, _INPUT_SIZE)
-        for operation in graph:
-            if operation.kind != "conv":
-                continue
-            height, width, _ = shapes[operation.inputs[0]]
-            case = ConvCase(
-                operation.in_channels,
-                operation.out_channels,
-                height,
-                width,
-                operation.kernel,
-                operation.stride,
-                operation.padding,
-                operation.depthwise,
-            )
-            cases.append(case)
-    return list(dict.fromkeys(cases))
+    return [case for name in ARCHITECTURES for case in layer_shapes(name)]
 
 
 def _tail_cases() -> list[ConvCase]:
@@ -137,7 +71,7 @@ def few(cases: Sequence[ConvCase]) -> list[ConvCase]:
     return [case for case in cases if case in chosen.values()]
 
 
-NETWORK_CASES = tuple(_network_cases())
+NETWORK_CASES = tuple(dict.fromkeys(_network_cases()))
 TAIL_CASES = tuple(case for case in _tail_cases() if case not in NETWORK_CASES)
 match os.environ.get("TINYTRAIN_TEST_CASES", "all"):
     case "all":

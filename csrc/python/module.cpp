@@ -22,6 +22,14 @@ PYBIND11_MODULE(_core, m) {
     return names;
   });
   m.def("default_isa", [] { return std::string(kernels_f32().isa); });
+  m.def("cpu", [] {
+    const Cpu cpu = identify_cpu();
+    py::dict d;
+    d["brand"] = cpu.brand;
+    d["midr"] = cpu.midr;
+    d["hwcap"] = cpu.hwcap;
+    return d;
+  });
   m.def(
       "fma_peak",
       [](const std::string& isa, int64_t rounds) {

@@ -1,5 +1,5 @@
-"""The command line: `tinytrain demo | adapt | classify | profile | import`, and the offline stage,
-`pre-train | meta-train`.
+"""The command line: `tinytrain demo | adapt | classify | profile | import | bench`, and the
+offline stage, `pre-train | meta-train`.
 
 A command gathers its results in one JSON-able document; `--json` prints it as it is, otherwise it
 is rendered for people. Results go to stdout, everything else to stderr.
@@ -11,6 +11,7 @@ input, 3 the budget cannot be met, 130 interrupted. Files are written whole or n
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import io
 import json
@@ -31,6 +32,7 @@ import numpy as np
 
 from . import report
 from .adapt import AdaptResult, adapt, classify
+from .architectures import ARCHITECTURES
 from .cost import Profile, inspected_layers, profile
 from .demo import draw_task, save_images
 from .errors import BudgetExceeded, ImageError, NonFiniteError
@@ -67,6 +69,7 @@ class Command(NamedTuple):
 
     run: Callable[[argparse.Namespace], Document | None]  # None: another process prints it
     render: Callable[[Document], str]
+    render_json: Callable[[Document], str] = functools.partial(json.dumps, indent=2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         document = args.command.run(args)
         args.progress.close()
         if document is not None:
-            _print(json.dumps(document, indent=2) if args.json else args.command.render(document))
+            command = args.command
+            _print((command.render_json if args.json else command.render)(document))
         return 0
     except KeyboardInterrupt:
         return _fail(args, EXIT_INTERRUPTED, "interrupted")
@@ -242,6 +246,43 @@ def run_export(args: argparse.Namespace) -> Document:
         "images": parity.images,
         "differences": parity.differences,
     }
+
+
+def run_bench(args: argparse.Namespace) -> Document:
+    """`tinytrain bench`: how fast this machine trains. Other commands do not load its modules."""
+    from .bench import suite
+
+    if args.bench == "adapt" and args.power_csv is not None:
+        args.power_csv.stat()  # before the work: the meter must be recording already
+
+    def rows() -> list[suite.Row]:
+        found: list[suite.Row] = []
+        for network in args.network or sorted(ARCHITECTURES):
+            if args.bench == "kernels":
+                found += suite.kernels(network, args.rounds, args.progress)
+            elif args.bench == "step":
+                for batch in args.batch:
+                    found += suite.steps(network, batch, args.rounds, args.threads)
+            else:
+                energy = suite.Energy(args.watts, args.power_csv)
+                found += suite.adaptation(
+                    network, args.rounds, args.threads, energy, args.progress, args.iterations
+                )
+        return found
+
+    return suite.measured(args.bench, args.threads, rows)
+
+
+def _bench_table(document: Document) -> str:
+    from .bench import suite
+
+    return suite.table(document)
+
+
+def _bench_lines(document: Document) -> str:
+    from .bench import suite
+
+    return suite.json_lines(document)
 
 
 def _adapted(
@@ -626,7 +667,63 @@ def _parser() -> argparse.ArgumentParser:
             Command(run_metatrain, report_training),
         )
     )
+    _add_bench(commands)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    summary = "Measure how fast this machine trains: layers, steps, or a whole adaptation."
+    bench = commands.add_parser("bench", help=summary, description=summary)
+    kinds = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
+    for what, rounds, text in (
+        ("kernels", 7, "Every convolution of the paper's networks, forward and backward."),
+        ("step", 7, "One training step, beside torch's where torch is installed."),
+        ("adapt", 3, "A whole adaptation: load, Fisher, run and total, as the paper's Table 5."),
+    ):
+        added = kinds.add_parser(what, help=text, description=text)
+        added.set_defaults(
+            command=Command(run_bench, _bench_table, _bench_lines), threads=1, name="bench"
+        )
+        added.add_argument("--json", action="store_true", help="print one JSON line a row")
+        added.add_argument("--quiet", action="store_true", help="no progress bar, no warnings")
+        added.add_argument(
+            "--network",
+            action="append",
+            choices=sorted(ARCHITECTURES),
+            help="may be given several times; default: all",
+        )
+        added.add_argument(
+            "--rounds", type=_whole(1), default=rounds, metavar="N", help=f"default: {rounds}"
+        )
+        if what != "kernels":
+            _add_threads(added)
+        if what == "step":
+            added.add_argument(
+                "--batch",
+                type=_whole(1),
+                nargs="+",
+                default=[1, 25],
+                metavar="N",
+                help="images of a step; default: 1 25",
+            )
+        if what == "adapt":
+            added.add_argument(
+                "--iterations", type=_whole(0), default=40, metavar="N", help="default: 40"
+            )
+            power = added.add_mutually_exclusive_group()
+            power.add_argument(
+                "--watts",
+                type=_number(0, float("inf"), above=True),
+                metavar="W",
+                help="the board's power while it works, for the energy",
+            )
+            power.add_argument(
+                "--power-csv",
+                type=Path,
+                metavar="FILE",
+                help="a power meter's record, columns seconds (since 1970, UTC) and watts, read "
+                "when the job is done; for the energy",
+            )
 
 
 def _add_adaptation_arguments(parser: argparse.ArgumentParser) -> None:
