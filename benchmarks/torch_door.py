@@ -137,7 +137,7 @@ class LossInsideJob(DoorJob):
 def largest_difference(network: tt.Network, policy: tt.UpdatePolicy) -> float:
     """Of the selected weights' gradients of both of ours to torch's, as a share of the largest.
 
-    The median over nine images: rounding can tip a value on a ReLU6's corner (bench.torch_peer.check).
+    The median over nine images: rounding can tip a value on a ReLU6's corner (torch_peer.check).
     """
     found: dict[tuple[str, int], list[float]] = {}
     for seed in range(9):

@@ -45,9 +45,11 @@ __all__ = [
     "Row",
     "adaptation",
     "call_seconds",
+    "json_lines",
     "kernels",
     "measured",
     "steps",
+    "table",
 ]
 
 OURS = "tinytrain"
