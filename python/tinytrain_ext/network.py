@@ -426,7 +426,7 @@ class Network:
 
 
 def default_network() -> Network:
-    """The network in the package: MCUNet, trained by this project on miniImageNet's 64 classes.
+    """The network in the package: MCUNet, meta-trained by this project on miniImageNet's classes.
 
     Raises FileNotFoundError when this installation does not hold the file.
     """
