@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["PseudoQueries", "Views"]
 
+# Drawing between two steps finds its code gone from the caches; several at once pay for that once.
+_DRAWN_AHEAD = 16
+
 
 @dataclass(frozen=True)
 class Views:
@@ -67,6 +70,8 @@ class PseudoQueries:
         iterations: int,
     ) -> None:
         self._session, self._images, self._rng = session, images, rng
+        self._iterations = iterations
+        self._ahead: list[Augmentation] = []
         self._fixed = [self._draw() for _ in range(views.count if views else 0)]
         self._cache: list[Prefix | None] = [None] * len(self._fixed)
         self._room: NDArray[Any] | None = None
@@ -83,7 +88,10 @@ class PseudoQueries:
     def view(self, iteration: int) -> tuple[NDArray[np.uint8] | Prefix, Augmentation | None]:
         """What `Session.proto_backward` takes: photos and their draw, or cached prefix outputs."""
         if not self._fixed:
-            return self._images, self._draw()
+            if not self._ahead:
+                count = max(1, min(_DRAWN_AHEAD, self._iterations - iteration))
+                self._ahead = [self._draw() for _ in range(count)][::-1]
+            return self._images, self._ahead.pop()
         index = iteration % len(self._fixed)
         if self._room is None or index >= len(self._room):
             return self._images, self._fixed[index]
