@@ -24,6 +24,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tinytrain_ext.bench.jobs import TT_POLICIES
+
 from . import kernels, scaling, shares, step
 from .measure import describe_machine
 from .peers.client import COLUMNS, Peer, available
@@ -73,7 +75,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    networks = sorted(step.TT_POLICIES)
+    networks = sorted(TT_POLICIES)
     parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=SECTIONS)
     parser.add_argument("--network", nargs="+", default=networks, choices=networks)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 25, 100])

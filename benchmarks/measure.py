@@ -19,13 +19,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tinytrain_ext import _core
+from tinytrain_ext.bench.jobs import fma_gflops
 
 __all__ = [
     "Timer",
     "copy_gigabytes",
     "cpu_timer",
     "describe_machine",
-    "fma_gflops",
     "interleave",
     "ratios",
     "spread",
@@ -87,16 +87,6 @@ def spread(values: Sequence[float], digits: int = 4) -> list[float]:
 def ratios(values: Sequence[float], base: Sequence[float]) -> list[float]:
     """Round by round, values / base: [median, lowest, highest]."""
     return spread([value / other for value, other in zip(values, base, strict=True)], 3)
-
-
-def fma_gflops(isa: str) -> float:
-    """This core's measured peak with an instruction set, GFLOP/s: two for a multiply-add."""
-    rounds, best = 500_000, 0.0
-    for _ in range(7):
-        start = time.thread_time()
-        count = _core.fma_peak(isa, rounds)
-        best = max(best, 2 * count / (time.thread_time() - start) / 1e9)
-    return best
 
 
 def copy_gigabytes(size: int) -> float:

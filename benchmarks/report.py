@@ -76,11 +76,11 @@ def _steps(rows: Rows) -> Iterator[str]:
 def _kernels(rows: Rows) -> Iterator[str]:
     """Medians over the shapes of a kind; all of them are in the rows."""
     columns = list(dict.fromkeys(column for row in rows for column in row["columns"]))
-    groups = {(row["kind"], row["shape"][3], row["row"]): None for row in rows}
+    groups = {(row["kind"], row["kernel"], row["row"]): None for row in rows}
     lines = []
     for kind, kernel, operation in sorted(groups):
         key = kind, kernel, operation
-        chosen = [row for row in rows if (row["kind"], row["shape"][3], row["row"]) == key]
+        chosen = [row for row in rows if (row["kind"], row["kernel"], row["row"]) == key]
         cells = [f"{kind} {kernel}x{kernel}", operation, str(len(chosen))]
         for column in columns:
             found = [row["columns"][column] for row in chosen if column in row["columns"]]

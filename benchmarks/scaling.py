@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from tinytrain_ext.architectures import ARCHITECTURES, Architecture, random_network
+from tinytrain_ext.bench.jobs import OurJob, Task, tt_policy
 from tinytrain_ext.cost import profile
 
 from .measure import Timer, cpu_timer, interleave, spread, wall_timer
-from .step import OurJob, Task, tt_policy
 
 NETWORK = "mobilenetv2"
 IMAGES = (1, 2, 5, 10, 25, 50, 100)
@@ -58,7 +58,7 @@ def widened(width: float) -> Architecture:
 def job(width: float = 1.0, size: int = 128, images: int = BATCH, ways: int = 5) -> OurJob:
     network = random_network(widened(width), np.random.default_rng(0), feature_mix=True)
     network = network.replace(input_size=size, resize=size)
-    return OurJob(network, tt_policy(NETWORK, network), Task(network, images, ways))
+    return OurJob(network, tt_policy(NETWORK, network), Task(network, images, ways=ways))
 
 
 def growth(rounds: int) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ def growth(rounds: int) -> list[dict[str, Any]]:
                 "axis": axis,
                 "value": value,
                 "milliseconds": spread([1e3 * s for s in seconds]),
-                "macs": macs * len(made.images),
+                "macs": macs * len(made.task.images),
                 "rounds": rounds,
             }
         )

@@ -14,15 +14,23 @@ from numpy.typing import NDArray
 
 import tinytrain_ext as tt
 from tinytrain_ext.adapt import adapt
+from tinytrain_ext.bench.jobs import (
+    LEARNING_RATE,
+    SCALE,
+    WAYS,
+    OurJob,
+    Task,
+    tt_policy,
+    zoo_network,
+)
 from tinytrain_ext.cost import profile
 from tinytrain_ext.fisher import fisher_pass
-from tinytrain_ext.session import Prefix, plan
+from tinytrain_ext.session import plan
 from tinytrain_ext.views import PseudoQueries, Views
 
 from .measure import Timer, cpu_timer, interleave, ratios, spread
 from .peers.client import Peer
-from .peers.job import LEARNING_RATE, SCALE
-from .step import WAYS, OurJob, Task, peer_job, tt_policy, zoo_network
+from .step import CachedJob, peer_job
 
 IMAGES, ITERATIONS = 25, 40
 PEER_ITERATIONS = 4
@@ -112,9 +120,8 @@ def python(name: str, rounds: int) -> list[dict[str, Any]]:
     """
     network = zoo_network(name)
     task = Task(network, 1)
-    job = OurJob(network, tt_policy(name, network), task, cached=True)
+    job = CachedJob(network, tt_policy(name, network), task)
     session, core, cached = job.session, job.session._core, job.batch
-    assert isinstance(cached, Prefix)
 
     def fresh_views() -> Iterator[tuple[Any, Any]]:
         queries = PseudoQueries(

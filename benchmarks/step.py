@@ -20,43 +20,13 @@ from numpy.typing import NDArray
 
 import tinytrain_ext as tt
 from tinytrain_ext import _core
-from tinytrain_ext.architectures import ARCHITECTURES, random_network
+from tinytrain_ext.bench.jobs import SCALE, OurJob, Task, fma_gflops, tt_policy, zoo_network
 from tinytrain_ext.cost import inspected_layers, profile
 from tinytrain_ext.images import normalise
-from tinytrain_ext.session import Prefix
 
-from .measure import cpu_timer, fma_gflops, interleave, ratios, spread
+from .measure import cpu_timer, interleave, ratios, spread
 from .peers.client import Peer
-from .peers.job import LEARNING_RATE, SCALE, Job
-
-WAYS = 5
-# (layer, 1 / ratio): expansions and the first depthwise convolution of the last blocks.
-# MobileNetV2's is the policy the project's targets are stated for; the others reach about as far.
-TT_POLICIES = {
-    "mobilenetv2": ((36, 2), (37, 2), (39, 4), (42, 4), (45, 4), (48, 4)),
-    "mcunet": ((30, 2), (31, 2), (33, 4), (36, 4), (39, 4)),
-    "proxylessnas": ((48, 2), (49, 2), (51, 4), (54, 4), (57, 4)),
-}
-
-
-def zoo_network(name: str) -> tt.Network:
-    """The network the paper's cost tables count, with random weights."""
-    rng = np.random.default_rng(0)
-    return random_network(ARCHITECTURES[name], rng, feature_mix=name != "mcunet")
-
-
-def tt_policy(name: str, network: tt.Network) -> tt.UpdatePolicy:
-    """The fixed policy: a random choice of output channels, always the same."""
-    rng = np.random.default_rng(1)
-    channels = {
-        layer: sorted(
-            rng.choice(
-                len(network.biases[layer]), len(network.biases[layer]) // part, replace=False
-            )
-        )
-        for layer, part in TT_POLICIES[name]
-    }
-    return tt.UpdatePolicy({layer: tuple(map(int, chosen)) for layer, chosen in channels.items()})
+from .peers.job import Job
 
 
 def policies(name: str, network: tt.Network) -> dict[str, tt.UpdatePolicy]:
@@ -69,66 +39,23 @@ def policies(name: str, network: tt.Network) -> dict[str, tt.UpdatePolicy]:
     }
 
 
-class Task:
-    """A batch of random images with labels, and the prototypes of a random support set."""
-
-    def __init__(self, network: tt.Network, batch: int, ways: int = WAYS, seed: int = 0) -> None:
-        rng = np.random.default_rng([batch, seed])
-        shape = (network.input_size, network.input_size, 3)
-        self.images: NDArray[np.uint8] = rng.integers(0, 256, (batch, *shape), dtype=np.uint8)
-        # In order, so that any batch is a support set, too (iterations make prototypes of it).
-        self.labels: NDArray[np.int64] = np.arange(batch) % ways
-        self.ways = min(batch, ways)
-        self.support: NDArray[np.uint8] = rng.integers(0, 256, (ways, *shape), dtype=np.uint8)
-        session = tt.Session(network, max_ways=ways)
-        session.set_prototypes(self.support, np.arange(ways), ways)
-        self.prototypes = session.prototypes()
-
-
-class OurJob:
-    """A task in the engine."""
+class CachedJob(OurJob):
+    """A job whose batch the frozen prefix has seen already, as that of a fixed set of views."""
 
     def __init__(
-        self,
-        network: tt.Network,
-        policy: tt.UpdatePolicy,
-        task: Task,
-        cached: bool = False,
-        **options: Any,
+        self, network: tt.Network, policy: tt.UpdatePolicy, task: Task, **options: Any
     ) -> None:
-        self.task, self.images = task, task.images
-        ways = len(task.support)
-        self.session = tt.Session(network, policy, optimizer="sgd", max_ways=ways, **options)
-        self.session.set_prototypes(task.support, np.arange(ways), ways)
-        # The batch's views come round again and again: the frozen prefix has seen them already.
-        self.batch: NDArray[np.uint8] | Prefix = task.images
-        if cached:
-            self.batch = self.session.prefix(task.images)
-
-    def forward(self) -> NDArray[np.float32]:
-        return self.session.embed(self.images)
+        super().__init__(network, policy, task, **options)
+        self.batch = self.session.prefix(task.images)
 
     def gradients(self) -> None:
         self.session.zero_grad()
         self.session.proto_backward(self.batch, self.task.labels, scale=SCALE)
 
-    def step(self) -> None:
-        self.gradients()
-        self.session.step(LEARNING_RATE)
 
-    def iteration(self) -> None:
-        """A step, then the prototypes of a support set as large as the batch, prefix computed."""
-        self.step()
-        self.session.set_prototypes(self.images, self.task.labels, self.task.ways)
-
-    def keep(self) -> None:
-        """Computes the support's frozen prefix for `kept_iteration`."""
-        self.session.set_prototypes(self.images, self.task.labels, self.task.ways, keep=True)
-
-    def kept_iteration(self) -> None:
-        """The same with the support's frozen prefix kept."""
-        self.step()
-        self.session.update_prototypes()
+def keep_support(job: OurJob) -> None:
+    """Computes the support's frozen prefix for `kept_iteration`."""
+    job.session.set_prototypes(job.task.images, job.task.labels, job.task.ways, keep=True)
 
 
 @dataclass(frozen=True)
@@ -172,12 +99,12 @@ def our_rows(name: str, network: tt.Network, task: Task) -> dict[str, Row]:
         if method == "FullTrain":
             continue  # nothing is frozen
         kept = OurJob(network, policy, task, keep_images=len(task.images))
-        kept.keep()
+        keep_support(kept)
         rows[f"{method} iteration, support's prefix kept"] = Row(
             kept.kept_iteration, step + tail(kept), f"{method} iteration", kept.session
         )
-        cached = OurJob(network, policy, task, cached=True, keep_images=len(task.images))
-        cached.keep()
+        cached = CachedJob(network, policy, task, keep_images=len(task.images))
+        keep_support(cached)
         behind = tail(cached)
         rows[f"{method} step, prefix cached"] = Row(
             cached.step, step - forward + behind, f"{method} step", cached.session

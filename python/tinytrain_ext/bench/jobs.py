@@ -105,7 +105,7 @@ def layer_shapes(name: str) -> tuple[LayerShape, ...]:
 class KernelJob:
     """The three passes of one convolution on one random image, output arrays made each time."""
 
-    def __init__(self, shape: LayerShape) -> None:
+    def __init__(self, shape: LayerShape, isa: str = "") -> None:
         rng = np.random.default_rng(0)
         self.shape = shape
 
@@ -125,7 +125,7 @@ class KernelJob:
             padding=shape.padding,
             depthwise=shape.depthwise,
             activation="none",
-            isa="",
+            isa=isa,
         )
 
     def forward(self) -> NDArray[np.float32]:
@@ -161,16 +161,16 @@ def tt_policy(name: str, network: Network) -> UpdatePolicy:
 class Task:
     """A batch of random images with labels, and the prototypes of a random support set."""
 
-    def __init__(self, network: Network, batch: int, seed: int = 0) -> None:
+    def __init__(self, network: Network, batch: int, seed: int = 0, ways: int = WAYS) -> None:
         rng = np.random.default_rng([batch, seed])
         shape = (network.input_size, network.input_size, 3)
         self.images: NDArray[np.uint8] = rng.integers(0, 256, (batch, *shape), dtype=np.uint8)
         # In order, so that any batch is a support set, too (iterations make prototypes of it).
-        self.labels: NDArray[np.int64] = np.arange(batch) % WAYS
-        self.ways = min(batch, WAYS)
-        self.support: NDArray[np.uint8] = rng.integers(0, 256, (WAYS, *shape), dtype=np.uint8)
-        session = Session(network, max_ways=WAYS)
-        session.set_prototypes(self.support, np.arange(WAYS), WAYS)
+        self.labels: NDArray[np.int64] = np.arange(batch) % ways
+        self.ways = min(batch, ways)
+        self.support: NDArray[np.uint8] = rng.integers(0, 256, (ways, *shape), dtype=np.uint8)
+        session = Session(network, max_ways=ways)
+        session.set_prototypes(self.support, np.arange(ways), ways)
         self.prototypes = session.prototypes()
 
 
@@ -179,8 +179,9 @@ class OurJob:
 
     def __init__(self, network: Network, policy: UpdatePolicy, task: Task, **options: Any) -> None:
         self.task = task
-        self.session = Session(network, policy, optimizer="sgd", max_ways=WAYS, **options)
-        self.session.set_prototypes(task.support, np.arange(WAYS), WAYS)
+        ways = len(task.support)
+        self.session = Session(network, policy, optimizer="sgd", max_ways=ways, **options)
+        self.session.set_prototypes(task.support, np.arange(ways), ways)
 
     def forward(self) -> NDArray[np.float32]:
         return self.session.embed(self.task.images)
