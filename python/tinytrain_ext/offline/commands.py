@@ -303,7 +303,8 @@ def _training_images(
 
     paths, labels = list_images(args.data, read_split(args.split, "train"))
     with ranks.first():
-        return cached_images(paths, args.stored_size, args.stored_size, args.cache), labels
+        size = args.stored_size
+        return cached_images(paths, size, size, args.cache, not args.quiet), labels
 
 
 def _run(
@@ -320,13 +321,17 @@ def _run(
 
     for path in (args.work, args.out.parent):
         path.mkdir(parents=True, exist_ok=True)
+
+    def decoded(paths: list[Path]) -> NDArray[np.uint8]:
+        return cached_images(paths, resize, input_size, args.cache, not args.quiet)
+
     sets: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]] = {}
     if ranks.leads:
         paths, labels = list_images(args.data, read_split(args.split, "val"))
-        sets["val"] = (cached_images(paths, resize, input_size, args.cache), labels)
+        sets["val"] = (decoded(paths), labels)
         for directory in args.validate_on:
             paths, labels = _some_images(directory)
-            sets[directory.name] = (cached_images(paths, resize, input_size, args.cache), labels)
+            sets[directory.name] = (decoded(paths), labels)
 
     def validate(network: Network) -> dict[str, float]:
         accuracies = {}
@@ -356,6 +361,7 @@ def _run(
         on_epoch=log,
         ahead=args.ahead,
         tensorboard=args.tensorboard,
+        progress=not args.quiet,
     )
 
 

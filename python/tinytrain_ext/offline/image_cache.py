@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -73,13 +73,18 @@ def default_cache_directory() -> Path:
 
 
 def cached_images(
-    paths: Sequence[Path], resize: int, crop: int, cache_directory: Path | None = None
+    paths: Sequence[Path],
+    resize: int,
+    crop: int,
+    cache_directory: Path | None = None,
+    progress: bool = True,
 ) -> NDArray[np.uint8]:
     """The images as one read-only memory-mapped array (N, crop, crop, 3).
 
     Each is what `load_image` gives for a short side of `resize` pixels and a centre crop of `crop`.
     The array is made at the first call and mapped from `cache_directory` (by default
-    `default_cache_directory()`) at later ones.
+    `default_cache_directory()`) at later ones. progress: whether to show a bar meanwhile, where
+    standard error is a terminal.
 
     Raises OSError, ImageError or ValueError as `load_image` does, and OSError naming the file in
     the cache when it cannot be written.
@@ -93,7 +98,8 @@ def cached_images(
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
         try:
             with temporary.open("xb") as file:
-                _write_images(file, paths, resize, crop)
+                bar = tqdm(paths, "decoding", unit="image", disable=None if progress else True)
+                _write_images(file, bar, len(paths), resize, crop)
             temporary.replace(target)
         except OSError as error:
             if error.filename is None:  # of a write, such as on a full disk
@@ -105,11 +111,13 @@ def cached_images(
     return images
 
 
-def _write_images(file: BinaryIO, paths: Sequence[Path], resize: int, crop: int) -> None:
+def _write_images(
+    file: BinaryIO, paths: Iterable[Path], count: int, resize: int, crop: int
+) -> None:
     """Writes a .npy file image by image: a full disk is then an error, not a signal."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), crop, crop, 3)}
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, crop, crop, 3)}
     np.lib.format.write_array_header_1_0(file, header)
-    for path in tqdm(paths, "decoding", unit="image", disable=None, leave=False):
+    for path in paths:
         file.write(load_image(path, resize=resize, input_size=crop).tobytes())
     file.flush()
     os.fsync(file.fileno())

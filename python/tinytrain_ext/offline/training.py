@@ -294,6 +294,7 @@ class Run:
     on_epoch: called by the leading rank after each epoch's checkpoint is written.
     ahead: batches that are prepared in advance by a thread of their own.
     tensorboard: whether to log to `directory`/tensorboard, too.
+    progress: whether to show a bar, where standard error is a terminal.
     """
 
     directory: Path
@@ -304,6 +305,7 @@ class Run:
     on_epoch: Callable[[Epoch], None] | None = None
     ahead: int = 0
     tensorboard: bool = False
+    progress: bool = True
 
 
 def run_epochs(
@@ -337,7 +339,7 @@ def run_epochs(
         total=epochs * steps,
         initial=len(history) * steps,
         unit="step",
-        disable=None if run.ranks.leads else True,
+        disable=None if run.ranks.leads and run.progress else True,
     ) as bar:
         for epoch in range(len(history), epochs):
             bar.set_description(f"epoch {epoch + 1}/{epochs}")
