@@ -65,6 +65,18 @@ TT_INLINE V keep(V v, unsigned bits) {
   const uint32x4_t lane = {1, 2, 4, 8};
   return (V)vandq_u32((uint32x4_t)v, vtstq_u32(vdupq_n_u32(bits), lane));
 }
+// Two values in the lower half of a vector: the A53 issues a 64-bit load beside an FMA, a 128-bit one alone and for two cycles. By
+// this builtin because GCC takes vld1_f32 apart into single values again.
+TT_INLINE V load_two(const T* p) { return (V)vcombine_f32(vld1_f32(p), vdup_n_f32(0)); }
+// A whole vector by two 64-bit loads.
+TT_INLINE V load_halves(const T* p) {
+  return (V)vld1q_lane_f64(reinterpret_cast<const double*>(p + 2), (float64x2_t)load_two(p), 1);
+}
+// sum += v * x[lane], one instruction.
+template <int kLane>
+TT_INLINE void add_product(V& sum, V v, V x, Index<kLane>) {
+  sum = (V)vfmaq_laneq_f32((float32x4_t)sum, (float32x4_t)v, (float32x4_t)x, kLane);
+}
 #elif defined(TT_AVX2)
 // x86 max / min return the second operand where one is NaN.
 TT_INLINE V clamp_below(V v, V low) { return (V)_mm256_max_ps((__m256)low, (__m256)v); }
@@ -120,7 +132,11 @@ TT_INLINE V load_part(const T* p, Part part) { return (V)_mm512_maskz_loadu_ps(p
 constexpr bool kLoadsParts = false;
 struct Part {};
 TT_INLINE Part part_of(int) { return {}; }
+#if defined(TT_NEON)
+TT_INLINE V load_part(const T* p, Part) { return load_halves(p); }
+#else
 TT_INLINE V load_part(const T* p, Part) { return load(p); }
+#endif
 #endif
 
 TT_INLINE V load_up_to(const T* p, int count) { return count >= kLanes ? load(p) : load_some(p, count); }
@@ -156,3 +172,42 @@ TT_INLINE unsigned load_bits(const uint8_t* mask, int channel, int channels) {
     return static_cast<unsigned>(byte[0]) >> (channel % 8);
   }
 }
+
+// ReLU6's derivative, one bit a lane.
+TT_INLINE unsigned relu6_bits(V v) { return positive(v) & below(v, splat(6)); }
+
+// v where the mask's bits of lanes [channel, channel + kLanes) are set, else 0.
+#if defined(TT_NEON)
+TT_INLINE V keep_masked(V v, const uint8_t* mask, int channel, int) {
+  // The byte goes to all lanes in one load; through a general register it would take four instructions.
+  const uint32x4_t lane = uint32x4_t{1, 2, 4, 8} << static_cast<uint32_t>(channel % 8);
+  return (V)vandq_u32((uint32x4_t)v, vtstq_u32(vreinterpretq_u32_u8(vld1q_dup_u8(mask + channel / 8)), lane));
+}
+
+// The mask bytes of ReLU6 for P pixels of eight channels, `stride` bytes apart: as many instructions as outputs, half of what it
+// takes pixel by pixel.
+template <int P>
+TT_INLINE void store_relu6_bytes(const V (&v)[P][2], uint8_t* mask, int stride) {
+  // 0 < v < 6 by one comparison: as integers positive floats are in order, and 0 - 1 and negative floats behind all others.
+  const uint32x4_t one = vdupq_n_u32(1), six = vdupq_n_u32(0x40C00000 - 1);
+  uint16x8_t wide[P];
+  unroll<P>(TT_EACH {
+    uint32x4_t inside[2];
+    unroll<2>(TT_EACH_J { inside[j] = vcltq_u32(vsubq_u32((uint32x4_t)v[i][j], one), six); });
+    wide[i] = vuzp1q_u16(vreinterpretq_u16_u32(inside[0]), vreinterpretq_u16_u32(inside[1]));
+  });
+  const uint8x16_t bits = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+  uint8x16_t sums[4] = {};  // two pixels each; then their lanes in pairs, three times
+  unroll<(P + 1) / 2>(TT_EACH {
+    constexpr int kSecond = 2 * i.value + 1 < P ? 2 * i.value + 1 : P - 1;
+    sums[i] = vandq_u8(vuzp1q_u8(vreinterpretq_u8_u16(wide[2 * i]), vreinterpretq_u8_u16(wide[kSecond])), bits);
+  });
+  sums[0] = vpaddq_u8(sums[0], sums[1]);
+  sums[1] = vpaddq_u8(sums[2], sums[3]);
+  sums[0] = vpaddq_u8(sums[0], sums[1]);
+  sums[0] = vpaddq_u8(sums[0], sums[0]);
+  unroll<P>(TT_EACH { vst1q_lane_u8(mask + i * stride, sums[0], i.value); });
+}
+#else
+TT_INLINE V keep_masked(V v, const uint8_t* mask, int channel, int channels) { return keep(v, load_bits(mask, channel, channels)); }
+#endif

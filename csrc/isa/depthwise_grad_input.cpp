@@ -6,10 +6,16 @@ namespace {
 #include "../simd.h"
 #include "../ops/epilogue.inl.h"
 #include "../ops/depthwise.inl.h"
+#if defined(TT_NEON)
+#include "../ops/depthwise_rolling.inl.h"
+#endif
 }  // namespace
 
 template <>
 bool depthwise_grad_input<TT_KERNEL>(const Depthwise<T>& d) {
+#if defined(TT_NEON) && TT_KERNEL == 3
+  if (depthwise_rolling<true>(d)) return true;
+#endif
   return depthwise_rows<TT_KERNEL, true>(d);
 }
 

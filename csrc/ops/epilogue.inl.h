@@ -23,7 +23,7 @@ TT_INLINE void finish(const Epilogue<T>& e, V v, int64_t pixel, int channel, int
     }
     v = activate(v, e.activation);
   }
-  if (e.mask_in) v = keep(v, load_bits(e.mask_in + pixel * mask_bytes(channels), channel, channels));
+  if (e.mask_in) v = keep_masked(v, e.mask_in + pixel * mask_bytes(channels), channel, channels);
   if (e.fisher) fisher += v * load_up_to(e.values + pixel * e.out_stride + channel, count);
   store_up_to(e.out + pixel * e.out_stride + channel, v, count);
 }
@@ -51,7 +51,7 @@ __attribute__((noinline)) void finish_tile(const Epilogue<T>& e, const V* sums, 
 // goes through finish_tile.
 template <int P, int N>
 TT_INLINE void finish_sums(const Epilogue<T>& e, V (&sums)[P][N], int64_t pixel, int channel, int channels) {
-  const bool bytes = kLanes >= 8 || (N * kLanes % 8 == 0 && channel + N * kLanes <= channels);  // whole bytes of ReLU bits
+  const bool bytes = kLanes >= 8 || channel + N * kLanes <= channels;  // ReLU bits of whole vectors
   const bool frozen = e.bias && !e.mask_out && !e.mask_in && !e.fisher;
   const bool saving = bytes && e.bias && e.mask_out && e.activation == Activation::kRelu6 && !e.addend && !e.mask_in && !e.fisher;
   const bool gradient = bytes && !e.bias && !e.addend && e.mask_in && e.activation == Activation::kNone;
@@ -70,10 +70,14 @@ TT_INLINE void finish_sums(const Epilogue<T>& e, V (&sums)[P][N], int64_t pixel,
     }
     if (saving) {
       uint8_t* mask = e.mask_out + pixel * mask_bytes(channels);
-      unroll<P * N>(TT_EACH {
-        const unsigned bits = positive(sums[i / N][i % N]) & below(sums[i / N][i % N], splat(6));
-        store_bits(mask + (i / N) * mask_bytes(channels), channel + (i % N) * kLanes, channels, bits);
-      });
+#if defined(TT_NEON)
+      if constexpr (N == 2) {
+        store_relu6_bytes<P>(sums, mask + channel / 8, mask_bytes(channels));
+      } else
+#endif
+        unroll<P * N>(TT_EACH {
+          store_bits(mask + (i / N) * mask_bytes(channels), channel + (i % N) * kLanes, channels, relu6_bits(sums[i / N][i % N]));
+        });
     }
     if (e.activation != Activation::kNone) {
       unroll<P * N>(TT_EACH { sums[i / N][i % N] = clamp_below(sums[i / N][i % N], splat(0)); });
@@ -85,8 +89,8 @@ TT_INLINE void finish_sums(const Epilogue<T>& e, V (&sums)[P][N], int64_t pixel,
   } else if (gradient) {
     const uint8_t* mask = e.mask_in + pixel * mask_bytes(channels);
     unroll<P * N>(TT_EACH {
-      const unsigned bits = load_bits(mask + (i / N) * mask_bytes(channels), channel + (i % N) * kLanes, channels);
-      sums[i / N][i % N] = keep(sums[i / N][i % N], bits);
+      sums[i / N][i % N] =
+          keep_masked(sums[i / N][i % N], mask + (i / N) * mask_bytes(channels), channel + (i % N) * kLanes, channels);
       store_up_to(out + (i / N) * e.out_stride + (i % N) * kLanes, sums[i / N][i % N], count_of(i % N));
     });
     if (e.fisher) {

@@ -25,14 +25,23 @@ TT_INLINE void gemm_reduce(const T* input, int64_t stride, int depth, const T* w
   constexpr int kPanel = N * kLanes;
   int k = 0;
 #if defined(TT_NEON)
-  for (; k + 4 <= depth; k += 4) {
+  // Two values of the depth at a time. An input is replaced right after its last use, so that its 64-bit load issues beside an FMA;
+  // the loop has no loads to wait for but those of the weights.
+  if (depth >= 2) {
     V x[P];
-    unroll<P>(TT_EACH { x[i] = load(input + i * stride + k); });
-    unroll<4>(TT_EACH_J {
-      V w[N];
-      unroll<N>(TT_EACH { w[i] = load(weights + (k + j) * kPanel + i * kLanes); });
-      unroll<P * N>(TT_EACH { acc[i / N][i % N] += w[i % N] * x[i / N][j.value]; });
-    });
+    unroll<P>(TT_EACH { x[i] = load_two(input + i * stride); });
+    const auto pair = [&](auto more) __attribute__((always_inline)) {
+      V w[2][N];
+      unroll<2 * N>(TT_EACH { w[i / N][i % N] = load(weights + static_cast<int64_t>(k) * kPanel + i * kLanes); });
+      unroll<P * N>(TT_EACH { add_product(acc[i / N][i % N], w[0][i % N], x[i / N], Index<0>{}); });
+      k += 2;
+      unroll<P>(TT_EACH {
+        unroll<N>(TT_EACH_J { add_product(acc[i][j], w[1][j], x[i], Index<1>{}); });
+        if constexpr (more) x[i] = load_two(input + i * stride + k);
+      });
+    };
+    while (k + 4 <= depth) pair(Index<1>{});
+    pair(Index<0>{});
   }
 #endif
   for (; k < depth; ++k) {
@@ -127,28 +136,53 @@ struct OuterProduct {
 };
 
 template <int R, int N, bool kWhole>
-TT_INLINE void outer_tile(const OuterProduct& g, int row, int column) {
+__attribute__((noinline)) void outer_tile(const OuterProduct& g, int row, int column) {
   V acc[R][N];
   unroll<R * N>(TT_EACH { acc[i / N][i % N] = V{}; });
   const T* rows = g.rows + row;
   const T* vectors = g.vectors + column;
   const int last = g.vector_count - column - (N - 1) * kLanes;  // values in the last vector
-  for (int p = 0; p < g.pixels; ++p) {
-    V x[N];
-    unroll<N>(TT_EACH { x[i] = kWhole || i + 1 < N ? load(vectors + i * kLanes) : load_some(vectors + i * kLanes, last); });
+  const auto load_vectors = [&](V(&x)[N], const T* from) __attribute__((always_inline)) {
+    unroll<N>(TT_EACH { x[i] = kWhole || i + 1 < N ? load(from + i * kLanes) : load_some(from + i * kLanes, last); });
+  };
+  int p = 0;
 #if defined(TT_NEON)
-    if constexpr (R == 8) {
-      const V low = load(rows), high = load(rows + 4);
-      unroll<8 * N>(TT_EACH {
-        constexpr int kRow = i.value / N;
-        acc[kRow][i % N] += x[i % N] * (kRow < 4 ? low : high)[kRow % 4];
+  // As in gemm_reduce: the next pixel's values are loaded beside this one's FMAs, into registers that those have done with.
+  if constexpr (R % 2 == 0) {
+    V d[R / 2], x[2][N];
+    const auto pixel = [&](auto side, auto more) __attribute__((always_inline)) {
+      if constexpr (more) load_vectors(x[1 - side], vectors);
+      vectors += g.vector_stride;
+      unroll<R / 2>([&](auto pair) __attribute__((always_inline)) {
+        unroll<2 * N>(TT_EACH { add_product(acc[2 * pair + i / N][i % N], x[side][i % N], d[pair], Index<i.value / N>{}); });
+        if constexpr (more) d[pair] = load_two(rows + 2 * pair);
       });
-    } else
+      rows += g.row_stride;
+    };
+    load_vectors(x[0], vectors);
+    unroll<R / 2>(TT_EACH { d[i] = load_two(rows + 2 * i); });
+    vectors += g.vector_stride;
+    rows += g.row_stride;
+    for (; p + 3 <= g.pixels; p += 2) {
+      pixel(Index<0>{}, Index<1>{});
+      pixel(Index<1>{}, Index<1>{});
+    }
+    if (p + 2 == g.pixels) {
+      pixel(Index<0>{}, Index<1>{});
+      pixel(Index<1>{}, Index<0>{});
+    } else {
+      pixel(Index<0>{}, Index<0>{});
+    }
+    p = g.pixels;
+  }
 #endif
-      unroll<R>(TT_EACH {
-        const V d = splat(rows[i]);
-        unroll<N>(TT_EACH_J { acc[i][j] += x[j] * d; });
-      });
+  for (; p < g.pixels; ++p) {
+    V x[N];
+    load_vectors(x, vectors);
+    unroll<R>(TT_EACH {
+      const V d = splat(rows[i]);
+      unroll<N>(TT_EACH_J { acc[i][j] += x[j] * d; });
+    });
     rows += g.row_stride;
     vectors += g.vector_stride;
   }
