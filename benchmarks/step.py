@@ -22,7 +22,6 @@ import tinytrain_ext as tt
 from tinytrain_ext import _core
 from tinytrain_ext.bench.jobs import SCALE, OurJob, Task, fma_gflops, tt_policy, zoo_network
 from tinytrain_ext.cost import inspected_layers, profile
-from tinytrain_ext.images import normalise
 
 from .measure import cpu_timer, interleave, ratios, spread
 from .peers.client import Peer
@@ -168,7 +167,7 @@ def peer_job(network: tt.Network, task: Task, methods: dict[str, tt.UpdatePolicy
         operations=[dataclasses.asdict(operation) for operation in network.operations],
         weights=list(network.weights),
         biases=list(network.biases),
-        images=normalise(task.images),
+        images=task.images,
         labels=task.labels,
         prototypes=task.prototypes,
         trained={method: sorted(policy.layers) for method, policy in methods.items()},

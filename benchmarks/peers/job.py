@@ -34,18 +34,22 @@ class Job:
     """A network, a batch, and the layers whose weights each kind of step trains.
 
     operations: as in a Network, one dict each; weights, biases: of the convolutions, (O, C/groups,
-    k, k) and (O,); images: (N, H, W, 3) float32, normalised; labels: (N,); prototypes: (ways, m);
+    k, k) and (O,); images: (N, H, W, 3) uint8; labels: (N,); prototypes: (ways, m);
     trained: {row: layers}; inspected: layers with Fisher sums; in the order of the convolutions.
     """
 
     operations: list[dict[str, Any]]
     weights: list[NDArray[np.float32]]
     biases: list[NDArray[np.float32]]
-    images: NDArray[np.float32]
+    images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     prototypes: NDArray[np.float32]
     trained: dict[str, list[int]]
     inspected: list[int]
+
+    def normalised(self) -> NDArray[np.float32]:
+        """The images in [-1, 1]: what the peers are given."""
+        return self.images.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
     def save(self, path: Path) -> None:
         """Writes the job for `load`."""

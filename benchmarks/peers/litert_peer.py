@@ -21,7 +21,8 @@ class LiteRT:
     def load(self, job: Job) -> dict[str, Callable[[], object]]:
         self.interpreter = Interpreter(os.environ["TFLITE_MODEL"], num_threads=1)
         self.interpreter.allocate_tensors()
-        self.interpreter.set_tensor(self.interpreter.get_input_details()[0]["index"], job.images)
+        place = self.interpreter.get_input_details()[0]["index"]
+        self.interpreter.set_tensor(place, job.normalised())
         return {"forward": self.interpreter.invoke}
 
     def results(self) -> dict[str, NDArray[Any]]:

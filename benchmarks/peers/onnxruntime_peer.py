@@ -142,7 +142,7 @@ class Row:
 
 
 def images(job: Job) -> NDArray[np.float32]:
-    return np.ascontiguousarray(job.images.transpose(0, 3, 1, 2))
+    return np.ascontiguousarray(job.normalised().transpose(0, 3, 1, 2))
 
 
 class OnnxRuntime:

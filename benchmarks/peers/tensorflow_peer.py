@@ -50,7 +50,7 @@ class Row:
             tf.Variable(w) if layer in trained else tf.constant(w)
             for layer, w in enumerate(weights)
         ]
-        self.x = tf.constant(job.images)
+        self.x = tf.constant(job.normalised())
         self.labels = tf.constant(job.labels)
         self.prototypes = tf.Variable(job.prototypes, shape=(None, job.prototypes.shape[1]))
         self.forward = tf.function(self._forward)

@@ -10,50 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
-from tinytrain_ext.bench.torch_peer import TorchNetwork
+from tinytrain_ext.bench.torch_peer import TorchJob
 from tinytrain_ext.network import Network, Operation
 
-from .job import LEARNING_RATE, SCALE, Job, class_prototypes, serve
+from .job import Job, class_prototypes, serve
 
 
-class Row:
+class Row(TorchJob):
     """A network with some layers trained, and its batch."""
 
     def __init__(self, job: Job, trained: list[int], best: bool) -> None:
-        self.job = job
         operations = tuple(Operation(**operation) for operation in job.operations)
         network = Network("job", operations, tuple(job.weights), tuple(job.biases))
-        self.model = TorchNetwork(network, set(trained), batch_norm=not best)
-        x = torch.tensor(job.images).permute(0, 3, 1, 2)
-        if best:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self.x = x.contiguous(memory_format=torch.channels_last)
-        else:
-            self.x = x.contiguous()
-        self.labels = torch.tensor(job.labels)
-        self.prototypes = torch.tensor(job.prototypes)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE) if parameters else None
-
-    def forward(self) -> torch.Tensor:
-        with torch.no_grad():
-            features: torch.Tensor = self.model(self.x)
-        return features
-
-    def loss(self, features: torch.Tensor) -> torch.Tensor:
-        logits = SCALE * F.normalize(features, dim=1) @ self.prototypes.T
-        return F.cross_entropy(logits, self.labels)
-
-    def gradients(self) -> None:
-        torch.autograd.backward(self.loss(self.model(self.x)))
-
-    def step(self) -> None:
-        assert self.optimizer is not None
-        self.optimizer.zero_grad()
-        self.gradients()
-        self.optimizer.step()
+        super().__init__(network, set(trained), job, best)
+        self.job = job
 
     def iteration(self) -> None:
         """A step, then the prototypes of the batch itself, which serves as a support set."""

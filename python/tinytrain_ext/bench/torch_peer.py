@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -112,6 +112,17 @@ class TorchNetwork(nn.Module):
         return tensors[-1]
 
 
+class Batch(Protocol):
+    """What a TorchJob reads of a Task."""
+
+    @property
+    def images(self) -> NDArray[np.uint8]: ...
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+    @property
+    def prototypes(self) -> NDArray[np.float32]: ...
+
+
 class TorchJob:
     """Forward and step of one torch variant on one batch."""
 
@@ -119,7 +130,7 @@ class TorchJob:
         self,
         network: Network,
         trained: set[int],
-        task: Task,
+        task: Batch,
         best: bool,
     ) -> None:
         self.model: Any = TorchNetwork(network, trained, batch_norm=not best)
@@ -139,9 +150,12 @@ class TorchJob:
             features: torch.Tensor = self.model(self.x)
         return features
 
+    def loss(self, features: torch.Tensor) -> torch.Tensor:
+        logits = SCALE * F.normalize(features, dim=1) @ self.prototypes.T
+        return F.cross_entropy(logits, self.labels)
+
     def gradients(self) -> None:
-        logits = SCALE * F.normalize(self.model(self.x), dim=1) @ self.prototypes.T
-        torch.autograd.backward(F.cross_entropy(logits, self.labels))
+        torch.autograd.backward(self.loss(self.model(self.x)))
 
     def step(self) -> None:
         assert self.optimizer is not None
