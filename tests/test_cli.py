@@ -478,6 +478,8 @@ def test_an_interrupted_run_leaves_no_file(network, support, out):
         stdout=subprocess.PIPE,
         stderr=terminal,
         close_fds=True,
+        # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     os.close(terminal)
     shown = b""
