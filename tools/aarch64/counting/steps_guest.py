@@ -8,6 +8,7 @@ there, the squared sums of activation x gradient (Eq. 2 of the paper), by hooks 
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +40,15 @@ class TorchFisher(TorchJob):
                 product = (output.detach() * gradient).sum(dim=(2, 3))
                 self.sums[layer] = (product**2).sum(dim=0)
 
-            output.register_hook(add)
+            output.register_hook(add)  # type: ignore[no-untyped-call]
 
         return keep
+
+
+def torch_iteration(job: TorchJob) -> None:
+    """A step, then the prototypes of the support set: one forward pass here."""
+    job.step()
+    job.forward()
 
 
 def main() -> None:
@@ -87,8 +94,7 @@ def main() -> None:
         count("forward", column, theirs.forward)
         count("TT step", column, theirs.step)
 
-        # A step, then the prototypes of the support set: one forward pass here.
-        count("iteration", column, lambda job=theirs: (job.step(), job.forward()))
+        count("iteration", column, partial(torch_iteration, theirs))
         count("FullTrain step", column, TorchJob(network, set(full.layers), task, best).step)
         count("Fisher pass", column, TorchFisher(network, inspected, task, best).gradients)
     regions.write(folder / "regions.json")
