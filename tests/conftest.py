@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def left_out(item: pytest.Item) -> bool:
         if item.path.name in {"test_offline.py", "test_offline_training.py"}:
-            return True  # training from PyTorch: no device does it, and an emulated one takes minutes
+            return True  # no device trains in PyTorch, and an emulated one takes minutes
         if item.path.name not in {"test_session.py", "test_plan.py", "test_nn_models.py"}:
             return item.name == "test_the_embedded_network_learns_the_task"
         callspec = getattr(item, "callspec", None)
