@@ -156,9 +156,9 @@ bool rolling_rows(const Depthwise<T>& d) {
     if (e.fisher) return all(rolling_vector<R, S, kTransposed, Ending::kFisher>);
     return all(rolling_vector<R, S, kTransposed, Ending::kGradient>);
   } else {
-    if (!e.bias || e.addend || e.mask_in || e.fisher) return false;
+    // ReLU6 only, whether its bits are kept or not: the order of a layer's sums must not depend on what is saved.
+    if (!e.bias || e.addend || e.mask_in || e.fisher || e.activation != Activation::kRelu6) return false;
     if (!e.mask_out) return all(rolling_vector<R, S, kTransposed, Ending::kFrozen>);
-    if (e.activation != Activation::kRelu6) return false;
     return all(rolling_vector<R, S, kTransposed, Ending::kSaving>);
   }
 }

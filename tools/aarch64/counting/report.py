@@ -4,7 +4,7 @@ python report.py kernels FOLDER [XNNPACK FOLDER]    after kernels_guest.py and x
 python report.py steps FOLDER...                    after steps_guest.py
 python report.py job FOLDER...                      after job_guest.py
 --json FILE appends one JSON line a row. Runs where the counts were made: symbols come from the
-objects that ran. Needs the package on the path, but not its extension module.
+objects that ran. Needs the installed package, extension module included.
 """
 
 from __future__ import annotations
