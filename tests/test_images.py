@@ -15,6 +15,7 @@ from tinytrain_ext.images import (
     Augmentation,
     apply_augmentation,
     draw_augmentation,
+    draw_augmentations,
     load_folder,
     load_image,
     load_images,
@@ -370,6 +371,29 @@ def test_each_kind_is_left_out_of_a_tenth_of_the_draws():
         axis=0,
     )
     assert (np.abs(changed - 0.9) < 0.05).all()
+
+
+def test_draws_are_the_same_one_by_one_and_together():
+    one, together = np.random.default_rng(0), np.random.default_rng(0)
+    for drawn in draw_augmentations(7, 5, 100, together):
+        assert drawn.parameters.flags.c_contiguous
+        np.testing.assert_array_equal(drawn.parameters, draw_augmentation(5, 100, one).parameters)
+    assert one.random() == together.random()
+
+
+def test_draws_are_spread_evenly_over_their_ranges():
+    drawn = [d.parameters for d in draw_augmentations(3000, 8, 128, np.random.default_rng(1))]
+    flip, x, y, *rest = np.concatenate(drawn).T
+    expected = len(flip) * 0.9
+    assert abs(flip.sum() - expected / 2) < 5 * np.sqrt(expected / 4)
+    for shift in (x, y):  # where not left out, and 0 there; each kind is used for whole draws
+        counts = np.bincount(shift.astype(int) + 16, minlength=33)
+        assert (np.abs(np.delete(counts, 16) - expected / 33) < 6 * np.sqrt(expected / 33)).all()
+    for values, low, high, neutral in zip(
+        rest, (-0.225, 0, 0.5), (0.225, 2, 1.5), (0, 1, 1), strict=True
+    ):
+        used = np.sort((values[values != neutral] - low) / (high - low))
+        assert np.abs(used - np.linspace(0, 1, len(used))).max() < 2 / np.sqrt(len(used))
 
 
 def test_augmentation_checks_its_array():

@@ -29,6 +29,7 @@ __all__ = [
     "LabelledImages",
     "apply_augmentation",
     "draw_augmentation",
+    "draw_augmentations",
     "load_folder",
     "load_image",
     "load_images",
@@ -196,21 +197,24 @@ def draw_augmentation(count: int, size: int, rng: np.random.Generator) -> Augmen
     probability 1/2, brightness in +-0.225, saturation in [0, 2), contrast in [0.5, 1.5),
     translation of up to an eighth of the size either way.
     """
-    parameters = np.zeros((count, 6), np.float32)
-    parameters[:, 4:] = 1
-    flip, translate, brighten, saturate, contrast = rng.random(5) < AUGMENTATION_PROBABILITY
-    if flip:
-        parameters[:, 0] = rng.integers(0, 2, count)
-    if translate:
-        most = int(size * TRANSLATION + 0.5)
-        parameters[:, 1:3] = rng.integers(-most, most + 1, (count, 2))
-    if brighten:
-        parameters[:, 3] = rng.uniform(-MAX_BRIGHTNESS, MAX_BRIGHTNESS, count)
-    if saturate:
-        parameters[:, 4] = rng.uniform(0, MAX_SATURATION, count)
-    if contrast:
-        parameters[:, 5] = rng.uniform(*CONTRAST, count)
-    return Augmentation(parameters)
+    return draw_augmentations(1, count, size, rng)[0]
+
+
+def draw_augmentations(
+    draws: int, count: int, size: int, rng: np.random.Generator
+) -> list[Augmentation]:
+    """What `draws` calls of `draw_augmentation` would return, in a fraction of their time."""
+    # One call of the generator for everything, a row of numbers a draw.
+    uniform = rng.random((draws, 5 + 6 * count))
+    flip, translate, brighten, saturate, contrast = uniform[:, :5].T < AUGMENTATION_PROBABILITY
+    used = np.stack([flip, translate, translate, brighten, saturate, contrast], axis=1)
+    most = int(size * TRANSLATION + 0.5)
+    low = np.array([0, -most, -most, -MAX_BRIGHTNESS, 0, CONTRAST[0]])
+    span = [2, 2 * most + 1, 2 * most + 1, 2 * MAX_BRIGHTNESS, MAX_SATURATION, np.ptp(CONTRAST)]
+    values = uniform[:, 5:].reshape(draws, count, 6) * span
+    values[..., :3] = np.floor(values[..., :3])  # whole numbers: flip and translation
+    parameters = np.where(used[:, None], values + low, (0, 0, 0, 0, 1, 1)).astype(np.float32)
+    return [Augmentation(draw) for draw in parameters]
 
 
 def normalise(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .images import Augmentation, draw_augmentation
+from .images import Augmentation, draw_augmentations
 
 if TYPE_CHECKING:
     from .session import Prefix, Session
@@ -72,7 +72,7 @@ class PseudoQueries:
         self._session, self._images, self._rng = session, images, rng
         self._iterations = iterations
         self._ahead: list[Augmentation] = []
-        self._fixed = [self._draw() for _ in range(views.count if views else 0)]
+        self._fixed = self._draw(views.count) if views else []
         self._cache: list[Prefix | None] = [None] * len(self._fixed)
         self._room: NDArray[Any] | None = None
         self.cached_bytes = 0
@@ -90,7 +90,7 @@ class PseudoQueries:
         if not self._fixed:
             if not self._ahead:
                 count = max(1, min(_DRAWN_AHEAD, self._iterations - iteration))
-                self._ahead = [self._draw() for _ in range(count)][::-1]
+                self._ahead = self._draw(count)[::-1]
             return self._images, self._ahead.pop()
         index = iteration % len(self._fixed)
         if self._room is None or index >= len(self._room):
@@ -101,8 +101,8 @@ class PseudoQueries:
             self._cache[index] = cached
         return cached, None
 
-    def _draw(self) -> Augmentation:
-        return draw_augmentation(len(self._images), self._images.shape[1], self._rng)
+    def _draw(self, count: int) -> list[Augmentation]:
+        return draw_augmentations(count, len(self._images), self._images.shape[1], self._rng)
 
 
 def _room(shape: tuple[int, ...], dtype: np.dtype[Any], folder: Path | None) -> NDArray[Any]:
