@@ -2,8 +2,10 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
+from benchmarks import layer_table
 
 from tinytrain_ext import _core
 from tinytrain_ext.bench import suite
@@ -204,3 +206,8 @@ def test_a_missing_power_record_is_an_input_error(tmp_path, capsys):
     options = ["bench", "adapt", "--network", "mcunet", "--rounds", "1", "--iterations", "0"]
     assert main([*options, "--power-csv", str(tmp_path / "absent.csv")]) == 2
     assert "absent.csv" in capsys.readouterr().err
+
+
+def test_the_layers_of_the_program_without_python_are_the_networks():
+    table = Path(__file__).parents[1] / "benchmarks/cpp/layers.inc"
+    assert table.read_text() == layer_table.text()

@@ -8,7 +8,7 @@ python=$(command -v "${PYTHON:-python3}")
 if ! command -v qemu-x86_64-static > /dev/null; then
   if [ "$(id -u)" = 0 ]; then as_root=(); else as_root=(sudo); fi
   "${as_root[@]}" apt-get -qq update
-  "${as_root[@]}" apt-get -qq install --yes --no-install-recommends qemu-user-static > /dev/null
+  "${as_root[@]}" apt-get -qq -o DPkg::Lock::Timeout=600 install --yes --no-install-recommends qemu-user-static > /dev/null
 fi
 # OpenBLAS takes the emulated CPU for a newer one unless told.
 export OPENBLAS_CORETYPE=Nehalem

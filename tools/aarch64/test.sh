@@ -4,6 +4,7 @@
 # Environment, all optional:
 #   TINYTRAIN_QEMU_CPU        cortex-a53 (default), cortex-a57, max, ...; several separated by spaces run one after the other
 #   TINYTRAIN_TARGET_PYTHON   3.11 (default, Debian and Raspberry Pi OS 12) or 3.13 (13)
+#   TINYTRAIN_TORCH           torch to test with: 2.9.1 (default, the newest that runs on ARMv8.0-A and asks for no CUDA packages), 2.6.0
 #   TINYTRAIN_BUILD_PYTHON    the Python that builds (default: python3)
 #   TINYTRAIN_AARCH64_WORK    where everything is put and kept for the next run (default: build/aarch64)
 #   TINYTRAIN_TEST_CASES, TINYTRAIN_WEIGHTS, TINYTRAIN_DATA   see tests/conftest.py
@@ -13,6 +14,7 @@ tools=$project/tools/aarch64
 mkdir -p "${TINYTRAIN_AARCH64_WORK:=$project/build/aarch64}"
 work=$(realpath "$TINYTRAIN_AARCH64_WORK")
 python=${TINYTRAIN_TARGET_PYTHON:-3.11}
+torch=${TINYTRAIN_TORCH:-2.9.1}
 export TINYTRAIN_TARGET_PYTHON=$python
 case $python in
   3.11) suite=bookworm ;;
@@ -35,7 +37,7 @@ for package in "${packages[@]}"; do
 done
 if [ ${#missing[@]} -gt 0 ]; then
   as_root apt-get -qq update
-  as_root apt-get -qq install --yes --no-install-recommends "${missing[@]}" > "$work/apt.log"
+  as_root apt-get -qq -o DPkg::Lock::Timeout=600 install --yes --no-install-recommends "${missing[@]}" > "$work/apt.log"
 fi
 step "system packages (${missing[*]:-all present})"
 
@@ -47,9 +49,10 @@ if [ ! -e "$work/tools/complete" ]; then
 fi
 step "build tools"
 
-# What the tests import. torch 2.9.1 is the newest that an ARMv8.0-A CPU can run and that asks for no CUDA packages.
+# What the tests import.
 site=$work/site-$python
-requirements=(torch==2.9.1 numpy safetensors pillow pytest hypothesis tqdm)
+if [ "$torch" != 2.9.1 ]; then site+=-torch-$torch; fi
+requirements=("torch==$torch" numpy safetensors pillow pytest hypothesis tqdm)
 if $native; then
   if [ ! -e "$site/complete" ]; then
     "$work/tools/bin/pip" install --quiet --target "$site" "${requirements[@]}"
@@ -99,6 +102,11 @@ step "installation"
 
 export PYTHONPATH=$installed:$site PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
 cd "$project"
+emulator=(qemu-aarch64-static -cpu cortex-a53)
+if $native; then emulator=(); fi
+${emulator[@]+"${emulator[@]}"} "$work/kernel_bench" --rounds 1 > "$work/kernel_bench.jsonl"
+step "kernels without Python ($(grep -c '"median"' "$work/kernel_bench.jsonl") rows)"
+
 cpus=${TINYTRAIN_QEMU_CPU:-cortex-a53}
 if $native; then cpus=this-machine; fi
 for cpu in $cpus; do

@@ -1,5 +1,6 @@
 #!/bin/bash
-# wheel.sh WORK: builds WORK/wheels/tinytrain_ext-*-cp3XX-cp3XX-manylinux_*_aarch64.whl from this checkout and checks it.
+# wheel.sh WORK: builds WORK/wheels/tinytrain_ext-*-cp3XX-cp3XX-manylinux_*_aarch64.whl from this checkout and checks it; and
+# WORK/kernel_bench, the benchmark of its kernels as one static program (docs/raspberry-pi.md).
 # Needs WORK/tools (a virtual environment) and, on a machine of another kind, WORK/sysroot-3.XX: see test.sh, which makes both.
 set -euo pipefail
 project=$(realpath "$(dirname "$0")/../..")
@@ -33,6 +34,9 @@ if ! LD_LIBRARY_PATH=/usr/aarch64-linux-gnu/lib auditwheel repair --wheel-dir "$
   exit 1
 fi
 "$work/tools/bin/python" "$project/tools/check_wheel.py" --machine aarch64 --python "$python" "$work/wheels/"*-"$abi"-*.whl
+# Of the wheel's own objects.
+cmake --build "$work/build-$python" --target kernel_bench > "$work/kernel_bench.log"
+cp "$work/build-$python/kernel_bench" "$work"
 prefix=
 if [ "$(uname -m)" != aarch64 ]; then prefix=aarch64-linux-gnu-; fi
 # The objects, and the module with what the linker added to them.
