@@ -48,7 +48,8 @@ template <class T>
 Convolution<T>::Convolution(const Op& op, Shape in, Shape out, const float* weight, const float* bias, bool with_backward,
                             bool quantised, const LayerUpdate* update, const Kernels<T>& kernels)
     : op_(op), in_(in), out_(out), kernels_(kernels) {
-  const int lanes = kernels.lanes, panel = kernels.lanes * kernels.panel_vectors, k = op.kernel;
+  const int lanes = kernels.lanes, k = op.kernel;
+  const Packing packing{lanes, lanes * kernels.panel_vectors, kernels.pairs_depth};
   const int padded_out = (out.channels + lanes - 1) / lanes * lanes;
   bias_ = AlignedArray<T>(padded_out);
   std::copy(bias, bias + out.channels, bias_.data());
@@ -57,8 +58,8 @@ Convolution<T>::Convolution(const Op& op, Shape in, Shape out, const float* weig
     depthwise_row_ = padded_out;
     depthwise_ = AlignedArray<T>(k * k * depthwise_row_);
   } else if (quantised) {
-    forward_bytes_ = PackedMatrix<int8_t>(k * k * in.channels, out.channels, lanes, panel);
-    if (with_backward) backward_bytes_ = PackedMatrix<int8_t>(k * k * out.channels, in.channels, lanes, panel);
+    forward_bytes_ = PackedMatrix<int8_t>(k * k * in.channels, out.channels, packing);
+    if (with_backward) backward_bytes_ = PackedMatrix<int8_t>(k * k * out.channels, in.channels, packing);
     scales_ = AlignedArray<float>(padded_out);
     const int64_t count = static_cast<int64_t>(fan_in) * k * k;
     for (int o = 0; o < out.channels; ++o) scales_.data()[o] = byte_scale(weight + o * count, count);
@@ -67,8 +68,12 @@ Convolution<T>::Convolution(const Op& op, Shape in, Shape out, const float* weig
       trained_ = AlignedArray<T>(update->count);
     }
   } else {
-    forward_ = PackedMatrix<T>(k * k * in.channels, out.channels, lanes, panel);
-    if (with_backward) backward_ = PackedMatrix<T>(k * k * out.channels, in.channels, lanes, panel);
+    forward_ = PackedMatrix<T>(k * k * in.channels, out.channels, packing);
+    if (with_backward) backward_ = PackedMatrix<T>(k * k * out.channels, in.channels, packing);
+  }
+  if (forward_) {
+    pack(weight);
+    return;
   }
   for (int o = 0; o < out.channels; ++o) {
     for (int c = 0; c < fan_in; ++c) {
@@ -77,6 +82,29 @@ Convolution<T>::Convolution(const Op& op, Shape in, Shape out, const float* weig
       }
     }
   }
+}
+
+// What set_weight does for all weights, a column and a row at a time: making a session is mostly this.
+template <class T>
+void Convolution<T>::pack(const float* weight) {
+  const int taps = op_.kernel * op_.kernel, ins = in_.channels;
+  for (int o = 0; o < out_.channels; ++o, weight += static_cast<int64_t>(ins) * taps) {
+    const PackedColumn<T> column = forward_.column(o);
+    for (int tap = 0; tap < taps; ++tap) {
+      for (int c = 0; c < ins; ++c) column[static_cast<int64_t>(tap) * ins + c] = static_cast<T>(weight[c * taps + tap]);
+      const int64_t row = backward_row(tap / op_.kernel, tap % op_.kernel, o);
+      for (int c = 0, count, stride; backward_ && c < ins; c += count) {
+        T* const run = backward_.run(row, c, &count, &stride);
+        for (int i = 0; i < count; ++i) run[i * stride] = static_cast<T>(weight[(c + i) * taps + tap]);
+      }
+    }
+  }
+}
+
+// Kernel rows keep their order (taps name them); columns turn round, so that the product slides forwards over grad_output.
+template <class T>
+int64_t Convolution<T>::backward_row(int ky, int kx, int out) const {
+  return static_cast<int64_t>(ky * op_.kernel + op_.kernel - 1 - kx) * out_.channels + out;
 }
 
 template <class T>
@@ -115,8 +143,6 @@ void Convolution<T>::set_weight(int out, int in, int ky, int kx, T value) {
     return;
   }
   const int64_t row = static_cast<int64_t>(tap) * in_.channels + in;
-  // Kernel rows keep their order (taps name them); columns turn round, so that the product slides forwards over grad_output.
-  const int64_t backward_row = static_cast<int64_t>(ky * op_.kernel + op_.kernel - 1 - kx) * out_.channels + out;
   if (const int64_t trained = trained_index(out, in, tap); trained >= 0) {
     trained_.data()[trained] = value;
     return;
@@ -125,11 +151,11 @@ void Convolution<T>::set_weight(int out, int in, int ky, int kx, T value) {
     const float scale = scales_.data()[out];
     const float byte = scale > 0 ? std::nearbyint(static_cast<float>(value) / scale) : 0;
     forward_bytes_.at(row, out) = static_cast<int8_t>(std::clamp(byte, -128.0f, 127.0f));
-    if (backward_bytes_) backward_bytes_.at(backward_row, in) = forward_bytes_.at(row, out);
+    if (backward_bytes_) backward_bytes_.at(backward_row(ky, kx, out), in) = forward_bytes_.at(row, out);
     return;
   }
   forward_.at(row, out) = value;
-  if (backward_) backward_.at(backward_row, in) = value;
+  if (backward_) backward_.at(backward_row(ky, kx, out), in) = value;
 }
 
 template <class T>
@@ -188,27 +214,31 @@ void Convolution<T>::product(Gemm<T>& g, bool forward, T* expanded) const {
     return;
   }
   // A panel at a time is expanded and used for all pixels.
+  const PackedMatrix<int8_t>& bytes = forward ? forward_bytes_ : backward_bytes_;
   ExpandPanel<T> e{};
-  e.bytes = forward ? forward_bytes_.data() : backward_bytes_.data();
+  e.bytes = bytes.data();
   e.rows = static_cast<int64_t>(g.kernel_rows) * g.depth;
   e.out = expanded;
   g.weights = expanded;
-  const int columns = g.outputs, lanes = kernels_.lanes;
+  const int columns = g.outputs;
   for (g.first = 0; g.first < columns; g.first = g.until) {
-    e.width = std::min(lanes * kernels_.panel_vectors, (columns - g.first + lanes - 1) / lanes * lanes);
+    e.width = bytes.width(g.first);
+    e.paired = bytes.paired(g.first);
     e.scales = scales_.data() + (forward ? g.first : 0);
     e.scaled_rows = forward ? 0 : out_.channels;
     kernels_.expand_panel(e);
-    if (trained_) insert_trained(expanded, forward, g.first, e.width);
+    if (trained_) insert_trained(expanded, forward, g.first);
     g.until = std::min(columns, g.first + e.width);
     kernels_.gemm(g);
     e.bytes += e.rows * e.width;
   }
 }
 
-// Trained weights over the bytes' values in an expanded panel of columns [first, first + width).
+// Trained weights over the bytes' values in the expanded panel that starts with column `first`.
 template <class T>
-void Convolution<T>::insert_trained(T* panel, bool forward, int first, int width) const {
+void Convolution<T>::insert_trained(T* panel, bool forward, int first) const {
+  const PackedMatrix<int8_t>& bytes = forward ? forward_bytes_ : backward_bytes_;
+  const int width = bytes.width(first), paired = bytes.paired(first);
   const int k = op_.kernel, taps = k * k, rows = forward ? in_.channels : out_.channels;
   const int until = std::min(first + width, forward ? out_.channels : in_.channels);
   const bool outs = update_.axis == Axis::kOut, trained_columns = forward == outs;
@@ -217,14 +247,16 @@ void Convolution<T>::insert_trained(T* panel, bool forward, int first, int width
     const int channel = update_.channels[s];
     if (trained_columns && (channel < first || channel >= until)) continue;
     for (int tap = 0; tap < taps; ++tap) {
-      T* to = panel + static_cast<int64_t>(forward ? tap : tap / k * k + k - 1 - tap % k) * rows * width;
+      const int64_t first_row = static_cast<int64_t>(forward ? tap : tap / k * k + k - 1 - tap % k) * rows;
       // The other channels of this one: rows of its column, or columns of its row.
       const int begin = trained_columns ? 0 : first, end = trained_columns ? rows : until;
-      const int64_t step = trained_columns ? width : 1;
-      to += trained_columns ? channel - first : static_cast<int64_t>(channel) * width;
       const T* from = trained_.data() + (outs ? (static_cast<int64_t>(s) * taps + tap) * in_.channels : tap * selected + s);
       const int64_t stride = outs ? 1 : static_cast<int64_t>(taps) * selected;
-      for (int other = begin; other < end; ++other) to[(other - begin) * step] = from[other * stride];
+      for (int other = begin; other < end; ++other) {
+        const int column = (trained_columns ? channel : other) - first;
+        const PackedColumn<T> to{panel + (column << paired), static_cast<int64_t>(width) << paired, paired};
+        to[first_row + (trained_columns ? other : channel)] = from[other * stride];
+      }
     }
   }
 }

@@ -95,9 +95,11 @@ class Convolution {
   static bool needs_image_sum(const Op& op, Shape out);
 
  private:
+  void pack(const float* weight);
+  int64_t backward_row(int ky, int kx, int out) const;
   void load_row(const T* tensor, const ImageSource<T>* image, Shape shape, int y, int spread, T* out, int before, int after) const;
   void product(Gemm<T>& g, bool forward, T* expanded) const;
-  void insert_trained(T* panel, bool forward, int first, int width) const;
+  void insert_trained(T* panel, bool forward, int first) const;
   int64_t trained_index(int out, int in, int tap) const;
   void forward_pointwise(RowView<const T> in, RowView<T> out, int begin, int until, T* expanded, const Epilogue<T>& e) const;
   void forward_depthwise(RowView<const T> in, RowView<T> out, int begin, int until, const Epilogue<T>& e) const;
@@ -136,28 +138,31 @@ void Convolution<T>::update_weights(const LayerUpdate& update, F&& step) {
       const int ky = tap / k, kx = tap % k;
       if (backward_ && !columns) {
         // Whole rows lie in runs in the backward weights: updated there, copied to the forward ones.
-        const int64_t row = static_cast<int64_t>(ky * k + k - 1 - kx) * out_.channels + o, stride = forward_.stride(o);
-        T* const forward = forward_.column(o) + stride * tap * in_.channels;
-        for (int c = 0, count; c < ins; c += count, offset += count) {
-          T* const run = backward_.run(row, c, &count);
-          step(run, offset, static_cast<int64_t>(count));
-          for (int i = 0; i < count; ++i) forward[(c + i) * stride] = run[i];
+        const int64_t row = backward_row(ky, kx, o);
+        const PackedColumn<T> forward = forward_.column(o);
+        for (int c = 0, count, stride; c < ins; c += count, offset += count) {
+          T* const run = backward_.run(row, c, &count, &stride);
+          T apart[kRun];  // half a vector in pairs of rows
+          for (int i = 0; stride > 1 && i < count; ++i) apart[i] = run[i * stride];
+          T* const values = stride > 1 ? apart : run;
+          step(values, offset, static_cast<int64_t>(count));
+          for (int i = 0; stride > 1 && i < count; ++i) run[i * stride] = apart[i];
+          for (int i = 0; i < count; ++i) forward[static_cast<int64_t>(tap) * in_.channels + c + i] = values[i];
         }
         continue;
       }
       // Scattered weights are gathered, updated and put back.
-      const int64_t stride = op_.depthwise ? 1 : forward_.stride(o);
-      T* const weights =
-          op_.depthwise ? depthwise_.data() + tap * depthwise_row_ : forward_.column(o) + stride * tap * in_.channels;
-      const int64_t backward_row = static_cast<int64_t>(ky * k + k - 1 - kx) * out_.channels + o;
+      const PackedColumn<T> weights =
+          op_.depthwise ? PackedColumn<T>{depthwise_.data() + tap * depthwise_row_, 1, 0} : forward_.column(o);
+      const int64_t first = op_.depthwise ? 0 : static_cast<int64_t>(tap) * in_.channels;
       T run[kRun];
       for (int c = 0, count; c < ins; c += count, offset += count) {
         count = ins - c < kRun ? ins - c : kRun;
         const auto at = [&](int i) { return op_.depthwise || columns ? update.channels[c + i] : c + i; };
-        for (int i = 0; i < count; ++i) run[i] = weights[at(i) * stride];
+        for (int i = 0; i < count; ++i) run[i] = weights[first + at(i)];
         step(run, offset, static_cast<int64_t>(count));
-        for (int i = 0; i < count; ++i) weights[at(i) * stride] = run[i];
-        for (int i = 0; backward_ && i < count; ++i) backward_.at(backward_row, at(i)) = run[i];
+        for (int i = 0; i < count; ++i) weights[first + at(i)] = run[i];
+        for (int i = 0; backward_ && i < count; ++i) backward_.at(backward_row(ky, kx, o), at(i)) = run[i];
       }
     }
   }

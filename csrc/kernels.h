@@ -3,7 +3,8 @@
 // All tensors of one image are NHWC without the N and without padding: element (y, x, c) lies at (y * W + x) * C + c. Kernels are
 // stateless: they never allocate, lock, throw or start threads, and they read nothing but their arguments. The session tiles
 // the work into rows and strips; a result never depends on that tiling, because every output element is reduced in one fixed
-// order (kernel row, kernel column, channel, ascending) whatever tile it falls into.
+// order whatever tile it falls into: kernel row, kernel column, channel, ascending; for channels that gemm reads in pairs of rows
+// (pack.h) even and odd positions apart.
 //
 // This header holds plain data only: it is included by the ISA files, which must not emit a symbol that baseline code could
 // link against (docs/DESIGN.md, "One shared object, several instruction sets").
@@ -19,7 +20,7 @@ enum class Activation : int { kNone = 0, kRelu = 1, kRelu6 = 2 };
 constexpr int mask_bytes(int channels) { return (channels + 7) / 8; }
 
 // What happens to a sum before it is stored, in this order; null pointers skip a step. Used by forward and backward alike.
-//   v += bias[c];  v += addend[pixel, c];  mask_out[pixel, c] = (0 < v [< 6]);  v = activation(v);
+//   v += bias[c] (behind the sum or before its first product);  v += addend[pixel, c];  mask_out[pixel, c] = (0 < v [< 6]);  v = activation(v);
 //   v = mask_in[pixel, c] ? v : 0;  fisher[c] += values[pixel, c] * v;  out[pixel, c] = v
 template <class T>
 struct Epilogue {
@@ -61,9 +62,10 @@ struct ExpandPanel {
   const int8_t* bytes;  // (rows, width)
   int64_t rows;
   int width;
+  bool paired;  // (rows / 2, width, 2), see pack.h
   const float* scales;
   int scaled_rows;  // outputs of the layer if scales belong to rows, 0 if to the panel's columns
-  T* out;           // (rows, width)
+  T* out;           // as bytes
 };
 
 // grad_weight of a pointwise or dense convolution, selected rows only:
@@ -164,6 +166,7 @@ struct Kernels {
   const char* isa;
   int lanes;          // values in a vector
   int panel_vectors;  // vectors in a full panel of packed weights
+  bool pairs_depth;   // whether gemm reads a rest of half a vector in pairs of rows; see pack.h
   void (*gemm)(const Gemm<T>&);
   void (*expand_panel)(const ExpandPanel<T>&);
   void (*gemm_grad_weight)(const GemmGradWeight<T>&);

@@ -36,18 +36,39 @@ class AlignedArray {
   int64_t count_ = 0;
 };
 
-// A (rows, columns) matrix in panels of columns: [panel][row][column in panel]. Panels are `panel` wide, the last one as many
-// vectors as it needs; columns behind the last are zero.
+// A column of a packed matrix: rows `step` apart, or pairs of rows.
+template <class T>
+struct PackedColumn {
+  T* values;
+  int64_t step;
+  int pair;  // 1: rows 2 i and 2 i + 1 lie side by side, pairs `step` apart
+  T& operator[](int64_t row) const { return values[(row >> pair) * step + (row & pair)]; }
+};
+
+// How a kernel wants its matrix.
+struct Packing {
+  int lanes;   // values in a vector
+  int panel;   // columns in a full panel
+  bool pairs;  // see PackedMatrix
+};
+
+// A (rows, columns) matrix in panels of columns: [panel][row][column in panel]. Panels are as wide as `packing` says, the last
+// one as many vectors as it needs; columns behind the last are zero. With `pairs` at most half a vector of columns behind whole
+// ones is a panel of its own, half a vector wide and [pair of rows][column][row of the pair], if the number of rows is even.
 template <class T>
 class PackedMatrix {
  public:
   PackedMatrix() = default;
-  PackedMatrix(int rows, int columns, int lanes, int panel) : offsets_(columns), widths_(columns) {
+  PackedMatrix(int rows, int columns, const Packing& packing) : offsets_(columns), widths_(columns) {
+    const int lanes = packing.lanes, half = lanes / 2;
+    const bool pairs = packing.pairs && rows % 2 == 0 && columns % lanes > 0 && columns % lanes <= half;
+    paired_from_ = pairs ? columns / lanes * lanes : columns;
     int64_t total = 0;
     for (int first = 0, width; first < columns; first += width) {
-      width = columns - first < panel ? (columns - first + lanes - 1) / lanes * lanes : panel;
+      const int rest = (first < paired_from_ ? paired_from_ : columns) - first;
+      width = first == paired_from_ ? half : rest < packing.panel ? (rest + lanes - 1) / lanes * lanes : packing.panel;
       for (int c = first; c < columns && c < first + width; ++c) {
-        offsets_[c] = total + (c - first);
+        offsets_[c] = total + (c - first) * (1 + paired(c));
         widths_[c] = width;
       }
       total += static_cast<int64_t>(rows) * width;
@@ -57,24 +78,28 @@ class PackedMatrix {
   explicit operator bool() const { return static_cast<bool>(values_); }
   const T* data() const { return values_.data(); }
   int64_t bytes() const { return values_.bytes(); }
-  T& at(int64_t row, int column) { return values_.data()[offsets_[column] + row * widths_[column]]; }
-  T at(int64_t row, int column) const { return values_.data()[offsets_[column] + row * widths_[column]]; }
-  // The contiguous run of a row that starts at `column` and ends with its panel.
-  T* run(int64_t row, int column, int* count) {
+  int width(int column) const { return widths_[column]; }  // of its panel
+  bool paired(int column) const { return column >= paired_from_; }
+  PackedColumn<T> column(int column) {
+    return {values_.data() + offsets_[column], static_cast<int64_t>(widths_[column]) << paired(column), paired(column)};
+  }
+  T& at(int64_t row, int column) { return this->column(column)[row]; }
+  T at(int64_t row, int column) const { return const_cast<PackedMatrix*>(this)->at(row, column); }
+  // The values of a row from `column` to its panel's end: how many, and how far apart.
+  T* run(int64_t row, int column, int* count, int* stride) {
     int end = column + 1;
     const int columns = static_cast<int>(offsets_.size());
-    while (end < columns && offsets_[end] == offsets_[end - 1] + 1) ++end;
+    *stride = 1 + paired(column);
+    while (end < columns && offsets_[end] == offsets_[end - 1] + *stride) ++end;
     *count = end - column;
     return &at(row, column);
   }
-  // A column: its value in row r is column(c)[r * stride(c)].
-  T* column(int column) { return values_.data() + offsets_[column]; }
-  int stride(int column) const { return widths_[column]; }
 
  private:
   AlignedArray<T> values_;
   std::vector<int64_t> offsets_;
   std::vector<int> widths_;
+  int paired_from_ = 0;
 };
 
 }  // namespace tinytrain

@@ -38,6 +38,8 @@ struct Session<T>::Worker {
   int done[kMaxLinks];               // rows produced by each link of a chain
   int loaded[kMaxLinks];             // padded input rows loaded by each dense link
   ImageSource<T> image;
+  // Of a pass that no other thread shares: gradients add up where they belong at once, to the same bits.
+  bool alone = false;
   double loss = 0;
   bool correct = false;
 };
@@ -357,6 +359,7 @@ void Session<T>::run_pass(Pass& pass) {
   if (pass.program == &plan_.train && plan_.optimizer == Optimizer::kInPlaceSgd) pass.stride = spread(pass.images.count);
   turnstile_.reset();
   const int workers = static_cast<int>(std::min<int64_t>(plan_.threads, std::max<int64_t>(pass.images.count, 1)));
+  for (int w = 0; w < workers; ++w) workers_[w]->alone = workers == 1;
   pool_->run(workers, &Session<T>::run_worker, &pass);
   if (pass.exploded) {
     throw NonFinite("backward: a gradient is not finite or has exploded (above 1e15); updates stopped before it");
@@ -383,7 +386,7 @@ void Session<T>::run_image(Worker& worker, Pass& pass, int64_t image, int64_t tu
   const bool training = pass.program == &plan_.train;
   worker.slots = training ? &worker.train_slots : &worker.embed_slots;
   const int steps = static_cast<int>(program.steps.size());
-  if (program.image_gradient >= 0) {
+  if (program.image_gradient >= 0 && !worker.alone) {
     std::memset((*worker.slots)[program.image_gradient], 0, static_cast<size_t>(plan_.gradient_count) * sizeof(T));
   }
   if (program.fisher_image >= 0) {
@@ -439,7 +442,7 @@ void Session<T>::collect(Worker& worker, Pass& pass, const Program& program, int
     }
     pass.result.loss_sum += worker.loss;
     pass.result.correct += worker.correct;
-    if (program.image_gradient >= 0) {
+    if (program.image_gradient >= 0 && !worker.alone) {
       kernels_.accumulate((*worker.slots)[program.image_gradient], plan_.gradient_count, gradient_);
     }
     if (program.fisher_image >= 0) {
@@ -720,7 +723,7 @@ T* Session<T>::gradient_of(Worker& worker, const Instruction& step) {
     std::fill_n(fresh, u.count, T(0));
     return fresh;
   }
-  const int image = plan_.train.image_gradient;
+  const int image = worker.alone ? -1 : plan_.train.image_gradient;
   return (image >= 0 ? (*worker.slots)[image] : gradient_) + u.offset;
 }
 

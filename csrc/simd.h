@@ -122,23 +122,50 @@ TT_INLINE void store_some(T* p, V v, int count) {
   for (int i = 0; i < count; ++i) p[i] = lanes[i];
 }
 #endif
-// A vector of which only some lanes may exist, loaded at full speed where the ISA has masks; elsewhere always whole.
+// Which lanes of a vector exist, as a type: all of them, or, where the ISA loads parts at good speed, those of a mask. (A masked load
+// takes a port that FMAs want, too; a kernel of whole vectors is better off without.)
+struct Whole {};
+#if defined(TT_NEON)
+TT_INLINE V load_lanes(const T* p, Whole) { return load_halves(p); }
+#else
+TT_INLINE V load_lanes(const T* p, Whole) { return load(p); }
+#endif
 #if defined(TT_AVX512)
 constexpr bool kLoadsParts = true;
 using Part = __mmask16;
 TT_INLINE Part part_of(int count) { return static_cast<Part>(count >= kLanes ? 0xFFFF : (1 << count) - 1); }
-TT_INLINE V load_part(const T* p, Part part) { return (V)_mm512_maskz_loadu_ps(part, p); }
+TT_INLINE V load_lanes(const T* p, Part part) { return (V)_mm512_maskz_loadu_ps(part, p); }
 #else
 constexpr bool kLoadsParts = false;
-struct Part {};
-TT_INLINE Part part_of(int) { return {}; }
-#if defined(TT_NEON)
-TT_INLINE V load_part(const T* p, Part) { return load_halves(p); }
-#else
-TT_INLINE V load_part(const T* p, Part) { return load(p); }
-#endif
+TT_INLINE Whole part_of(int) { return {}; }
 #endif
 
+// Where half a vector of outputs would be left over, a vector can hold two values of the depth for each of them instead: lane 2 o is
+// output o's share of the even positions, lane 2 o + 1 that of the odd ones.
+#if defined(TT_AVX512)
+constexpr bool kPairsDepth = true;
+// x[0] x[1] x[0] x[1] ..., by one load.
+TT_INLINE V splat_pair(const T* x) {
+  double both;
+  __builtin_memcpy(&both, x, sizeof both);
+  return (V)_mm512_set1_pd(both);
+}
+// Each lane pair's sum: of `a` in a's first half, of `b` in b's; what lies behind means nothing.
+TT_INLINE void add_lane_pairs(V& a, V& b) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  a = (V)_mm512_permutex2var_ps((__m512)a, even, (__m512)b) + (V)_mm512_permutex2var_ps((__m512)a, odd, (__m512)b);
+  b = (V)_mm512_maskz_shuffle_f32x4(0xFFFF, (__m512)a, (__m512)a, 0xEE);  // (unmasked, GCC 12 warns of its own header)
+}
+#else
+constexpr bool kPairsDepth = false;
+#endif
+
+#if defined(TT_AVX512)
+// With a mask either way: it costs nothing, branches in a row of stores do.
+TT_INLINE V load_up_to(const T* p, int count) { return load_lanes(p, part_of(count)); }
+TT_INLINE void store_up_to(T* p, V v, int count) { _mm512_mask_storeu_ps(p, part_of(count), (__m512)v); }
+#else
 TT_INLINE V load_up_to(const T* p, int count) { return count >= kLanes ? load(p) : load_some(p, count); }
 TT_INLINE void store_up_to(T* p, V v, int count) {
   if (count >= kLanes) {
@@ -147,6 +174,7 @@ TT_INLINE void store_up_to(T* p, V v, int count) {
     store_some(p, v, count);
   }
 }
+#endif
 
 // Mask bits of lanes [channel, channel + kLanes), channel a multiple of kLanes. Narrow vectors share a byte: they are written
 // in ascending order of channel, the first one clearing it.

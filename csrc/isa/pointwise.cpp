@@ -9,6 +9,7 @@ namespace {
 
 void add_pointwise(Kernels<T>& table) {
   table.panel_vectors = kPanelVectors;
+  table.pairs_depth = kPairsDepth;
   table.gemm = gemm;
   table.expand_panel = expand_panel;
   table.gemm_grad_weight = gemm_grad_weight;

@@ -7,7 +7,7 @@ void depthwise_pixel(const Depthwise<T>& d, int x) {
   const int64_t weight_row = (C + kLanes - 1) / kLanes * kLanes;
   for (int c = 0; c < C; c += kLanes) {
     const int count = d.channels - c;
-    V acc{};
+    V acc = start(d.epilogue, c);
     for (int r = 0; r < d.row_count; ++r) {
       const T* weights = d.weights + static_cast<int64_t>(d.taps[r]) * d.kernel * weight_row + c;
       for (int j = 0; j < d.kernel; ++j) {

@@ -2,6 +2,15 @@
 // and the Fisher sum. One vector at a time; the branches are the same for a whole tile, so they predict well, and they cost
 // nothing beside a tile's reduction.
 
+// What a sum starts from: its bias, which saves adding it behind (a tenth of the work on a sum of eight or nine products). NEON adds
+// it behind the sum: there a start from zero is an instruction, too.
+#if defined(TT_NEON)
+constexpr bool kBiasFirst = false;
+#else
+constexpr bool kBiasFirst = true;
+#endif
+TT_INLINE V start(const Epilogue<T>& e, int channel) { return kBiasFirst && e.bias ? load(e.bias + channel) : V{}; }
+
 TT_INLINE V activate(V v, Activation activation) {
   if (activation != Activation::kNone) {
     v = clamp_below(v, splat(0));
@@ -13,7 +22,7 @@ TT_INLINE V activate(V v, Activation activation) {
 // One vector of a tile's results, in the general form. `count` lanes exist. `fisher` collects values * v over a tile.
 TT_INLINE void finish(const Epilogue<T>& e, V v, int64_t pixel, int channel, int channels, V& fisher) {
   const int count = channels - channel;
-  if (e.bias) v += load(e.bias + channel);
+  if (!kBiasFirst && e.bias) v += load(e.bias + channel);
   if (e.addend) v += load_up_to(e.addend + pixel * e.addend_stride + channel, count);
   if (e.activation != Activation::kNone) {
     if (e.mask_out) {
@@ -55,18 +64,22 @@ TT_INLINE void finish_sums(const Epilogue<T>& e, V (&sums)[P][N], int64_t pixel,
   const bool frozen = e.bias && !e.mask_out && !e.mask_in && !e.fisher;
   const bool saving = bytes && e.bias && e.mask_out && e.activation == Activation::kRelu6 && !e.addend && !e.mask_in && !e.fisher;
   const bool gradient = bytes && !e.bias && !e.addend && e.mask_in && e.activation == Activation::kNone;
-  T* const out = e.out + pixel * e.out_stride + channel;
+  // Read once: for all the compiler knows, stores change them.
+  const int64_t stride = e.out_stride, addend_stride = e.addend_stride;
+  T* const out = e.out + pixel * stride + channel;
   // Only the last vector can be a part.
   const auto count_of = [&](int vector) { return vector + 1 < N ? kLanes : channels - channel - (N - 1) * kLanes; };
   if (frozen || saving) {
-    unroll<N>(TT_EACH {
-      const V bias = load(e.bias + channel + i * kLanes);
-      unroll<P>(TT_EACH_J { sums[j][i] += bias; });
-    });
+    if constexpr (!kBiasFirst) {
+      unroll<N>(TT_EACH {
+        const V bias = load(e.bias + channel + i * kLanes);
+        unroll<P>(TT_EACH_J { sums[j][i] += bias; });
+      });
+    }
     if (e.addend) {
-      const T* addend = e.addend + pixel * e.addend_stride + channel;
+      const T* addend = e.addend + pixel * addend_stride + channel;
       unroll<P * N>(
-          TT_EACH { sums[i / N][i % N] += load_up_to(addend + (i / N) * e.addend_stride + (i % N) * kLanes, count_of(i % N)); });
+          TT_EACH { sums[i / N][i % N] += load_up_to(addend + (i / N) * addend_stride + (i % N) * kLanes, count_of(i % N)); });
     }
     if (saving) {
       uint8_t* mask = e.mask_out + pixel * mask_bytes(channels);
@@ -85,19 +98,19 @@ TT_INLINE void finish_sums(const Epilogue<T>& e, V (&sums)[P][N], int64_t pixel,
         unroll<P * N>(TT_EACH { sums[i / N][i % N] = clamp_above(sums[i / N][i % N], splat(6)); });
       }
     }
-    unroll<P * N>(TT_EACH { store_up_to(out + (i / N) * e.out_stride + (i % N) * kLanes, sums[i / N][i % N], count_of(i % N)); });
+    unroll<P * N>(TT_EACH { store_up_to(out + (i / N) * stride + (i % N) * kLanes, sums[i / N][i % N], count_of(i % N)); });
   } else if (gradient) {
     const uint8_t* mask = e.mask_in + pixel * mask_bytes(channels);
     unroll<P * N>(TT_EACH {
       sums[i / N][i % N] =
           keep_masked(sums[i / N][i % N], mask + (i / N) * mask_bytes(channels), channel + (i % N) * kLanes, channels);
-      store_up_to(out + (i / N) * e.out_stride + (i % N) * kLanes, sums[i / N][i % N], count_of(i % N));
+      store_up_to(out + (i / N) * stride + (i % N) * kLanes, sums[i / N][i % N], count_of(i % N));
     });
     if (e.fisher) {
-      const T* values = e.values + pixel * e.out_stride + channel;
+      const T* values = e.values + pixel * stride + channel;
       unroll<N>(TT_EACH {
         V fisher{};
-        unroll<P>(TT_EACH_J { fisher += sums[j][i] * load_up_to(values + j * e.out_stride + i * kLanes, count_of(i)); });
+        unroll<P>(TT_EACH_J { fisher += sums[j][i] * load_up_to(values + j * stride + i * kLanes, count_of(i)); });
         T* at = e.fisher + channel + i * kLanes;
         store_up_to(at, load_up_to(at, count_of(i)) + fisher, count_of(i));
       });
@@ -113,7 +126,9 @@ void apply_epilogue(const T* input, int64_t pixels, int channels, const Epilogue
   for (int channel = 0; channel < channels; channel += kLanes) {
     V fisher{};
     for (int64_t p = 0; p < pixels; ++p) {
-      finish(e, load_up_to(input + p * channels + channel, channels - channel), p, channel, channels, fisher);
+      V v = load_up_to(input + p * channels + channel, channels - channel);
+      if (kBiasFirst && e.bias) v += load(e.bias + channel);
+      finish(e, v, p, channel, channels, fisher);
     }
     add_fisher(e, fisher, channel, channels);
   }

@@ -11,7 +11,7 @@ constexpr int kPanelVectors = 2;
 constexpr int kTilePixels[] = {0, 8, 8};  // 16 sums + 8 inputs + 2 weights of 32 registers
 #elif defined(TT_AVX512)
 constexpr int kPanelVectors = 3;
-constexpr int kTilePixels[] = {0, 8, 8, 8};  // more pixels than eight run out of address registers
+constexpr int kTilePixels[] = {0, 16, 8, 8};
 #elif defined(TT_AVX2)
 constexpr int kPanelVectors = 3;
 constexpr int kTilePixels[] = {0, 8, 6, 4};  // 12 sums + 3 weights + 1 input of 16 registers
@@ -20,11 +20,29 @@ constexpr int kPanelVectors = 2;
 constexpr int kTilePixels[] = {0, 4, 4};
 #endif
 
-template <int P, int N>
+template <int P, int N, bool kPairs>
 TT_INLINE void gemm_reduce(const T* input, int64_t stride, int depth, const T* weights, V (&acc)[P][N]) {
   constexpr int kPanel = N * kLanes;
   int k = 0;
-#if defined(TT_NEON)
+#if defined(TT_AVX512)
+  // A single vector, or half a one in pairs of the depth: bound by its loads, P + 1 for P products, so pixels are many, and reached
+  // from every fourth one. The empty asm hides how those relate; else GCC keeps sixteen offsets, most of them in vector registers.
+  if constexpr (N == 1) {
+    const T* at[(P + 3) / 4];
+    unroll<(P + 3) / 4>(TT_EACH {
+      at[i] = input + 4 * i * stride;
+      asm("" : "+r"(at[i]));
+    });
+    for (; k < depth; k += kPairs ? 2 : 1, weights += kLanes) {
+      const V w = load(weights);
+      unroll<P>(TT_EACH {
+        const T* const x = at[i / 4] + (i % 4) * stride + k;
+        acc[i][0] += w * (kPairs ? splat_pair(x) : splat(*x));
+      });
+    }
+    return;
+  }
+#elif defined(TT_NEON)
   // Two values of the depth at a time. An input is replaced right after its last use, so that its 64-bit load issues beside an FMA;
   // the loop has no loads to wait for but those of the weights.
   if (depth >= 2) {
@@ -54,34 +72,47 @@ TT_INLINE void gemm_reduce(const T* input, int64_t stride, int depth, const T* w
   }
 }
 
-template <int P, int N>
+template <int P, int N, bool kPairs>
 void gemm_tile(const Gemm<T>& g, const T* panel, int64_t pixel, int channel) {
-  constexpr int kPanel = N * kLanes;
-  V acc[P][N];
-  unroll<P * N>(TT_EACH { acc[i / N][i % N] = V{}; });
+  constexpr int kPanel = kPairs ? kLanes / 2 : N * kLanes;
+  V first[N], acc[P][N];
+  unroll<N>(TT_EACH { first[i] = start(g.epilogue, channel + i * kLanes); });
+  unroll<P * N>(TT_EACH { acc[i / N][i % N] = kPairs ? V{} : first[i % N]; });
   for (int r = 0; r < g.row_count; ++r) {
-    gemm_reduce<P, N>(g.rows[r] + pixel * g.pixel_stride, g.pixel_stride, g.depth,
-                      panel + static_cast<int64_t>(g.taps[r]) * g.depth * kPanel, acc);
+    gemm_reduce<P, N, kPairs>(g.rows[r] + pixel * g.pixel_stride, g.pixel_stride, g.depth,
+                              panel + static_cast<int64_t>(g.taps[r]) * g.depth * kPanel, acc);
   }
+#if defined(TT_AVX512)
+  if constexpr (kPairs && P == 1) add_lane_pairs(acc[0][0], acc[0][0]);
+  if constexpr (kPairs) {
+    unroll<P / 2>(TT_EACH { add_lane_pairs(acc[2 * i][0], acc[2 * i + 1][0]); });
+    unroll<P>(TT_EACH { acc[i][0] += first[0]; });
+  }
+#endif
   finish_sums<P, N>(g.epilogue, acc, pixel, channel, g.outputs);
 }
 
 // One panel: whole tiles of P pixels, then ever smaller ones.
-template <int P, int N>
+template <int P, int N, bool kPairs>
 void gemm_panel(const Gemm<T>& g, const T* panel, int64_t pixel, int channel) {
-  for (; pixel + P <= g.pixels; pixel += P) gemm_tile<P, N>(g, panel, pixel, channel);
+  for (; pixel + P <= g.pixels; pixel += P) gemm_tile<P, N, kPairs>(g, panel, pixel, channel);
   if constexpr (P > 1) {
-    if (pixel < g.pixels) gemm_panel<(P > 4 ? 4 : P / 2), N>(g, panel, pixel, channel);
+    if (pixel < g.pixels) gemm_panel<(P > 8 ? 8 : P > 4 ? 4 : P / 2), N, kPairs>(g, panel, pixel, channel);
   }
 }
 
-// The panel of N vectors if that is how many there are, else of fewer.
+// The panel of N vectors if that is how many there are, else of fewer; 0: half a one (kPairsDepth). Returns its width.
 template <int N>
 int gemm_panel_of(const Gemm<T>& g, const T* panel, int channel, int vectors) {
   if constexpr (N > 1) {
     if (vectors < N) return gemm_panel_of<N - 1>(g, panel, channel, vectors);
+  } else if constexpr (kPairsDepth) {
+    if (vectors == 0) {
+      gemm_panel<kTilePixels[1], 1, true>(g, panel, 0, channel);
+      return kLanes / 2;
+    }
   }
-  gemm_panel<kTilePixels[N], N>(g, panel, 0, channel);
+  gemm_panel<kTilePixels[N], N, false>(g, panel, 0, channel);
   return N * kLanes;
 }
 
@@ -89,7 +120,10 @@ void gemm(const Gemm<T>& g) {
   const int64_t panel_rows = static_cast<int64_t>(g.kernel_rows) * g.depth;
   const T* panel = g.weights;
   for (int channel = g.first; channel < g.until;) {
-    const int width = gemm_panel_of<kPanelVectors>(g, panel, channel, (g.until - channel + kLanes - 1) / kLanes);
+    const int rest = g.until - channel;
+    // Half a vector that is left over comes by itself, behind whole ones.
+    const bool half = kPairsDepth && g.depth % 2 == 0 && rest % kLanes <= kLanes / 2;
+    const int width = gemm_panel_of<kPanelVectors>(g, panel, channel, half ? rest / kLanes : (rest + kLanes - 1) / kLanes);
     panel += panel_rows * width;
     channel += width;
   }
@@ -98,6 +132,14 @@ void gemm(const Gemm<T>& g) {
 void expand_panel(const ExpandPanel<T>& e) {
   const int8_t* bytes = e.bytes;
   T* out = e.out;
+  if (e.paired) {
+    for (int64_t i = 0; i < e.rows * e.width; ++i) {
+      const int64_t row = i / (2 * e.width) * 2 + i % 2;
+      const float scale = e.scales[e.scaled_rows > 0 ? row % e.scaled_rows : i / 2 % e.width];
+      out[i] = static_cast<T>(scale * static_cast<float>(bytes[i]));
+    }
+    return;
+  }
   int output = 0;  // of a scaled row
   for (int64_t row = 0; row < e.rows; ++row) {
     const float row_scale = e.scaled_rows > 0 ? e.scales[output] : 0;

@@ -404,6 +404,34 @@ void test_instruction_sets_agree() {
   CHECK_THROWS(kernels_f32("sse9"), "isa: unknown instruction set 'sse9'");
 }
 
+// Every element has a place of its own, however it is reached; also where half a vector of columns holds its rows in pairs.
+void test_packed_matrices() {
+  constexpr int kLanes = 16;
+  for (const bool pairs : {false, true}) {
+    for (const int rows : {1, 6, 9}) {
+      for (int columns = 1; columns < 70; ++columns) {
+        PackedMatrix<float> matrix(rows, columns, {kLanes, 3 * kLanes, pairs});
+        const int rest = columns % kLanes;
+        const bool halved = pairs && rows % 2 == 0 && rest > 0 && rest <= kLanes / 2;
+        const int padded = halved ? columns - rest + kLanes / 2 : (columns + kLanes - 1) / kLanes * kLanes;
+        bool sound = matrix.bytes() == static_cast<int64_t>(sizeof(float)) * rows * padded && matrix.paired(columns - 1) == halved;
+        const auto value = [&](int row, int column) { return static_cast<float>(row * columns + column); };
+        for (int r = 0; r < rows; ++r) {
+          for (int c = 0; c < columns; ++c) matrix.at(r, c) = value(r, c);
+        }
+        for (int r = 0; r < rows; ++r) {
+          for (int c = 0, count, stride; c < columns; c += count) {
+            const float* run = matrix.run(r, c, &count, &stride);
+            for (int i = 0; i < count; ++i) sound = sound && run[i * stride] == value(r, c + i);
+          }
+          for (int c = 0; c < columns; ++c) sound = sound && matrix.column(c)[r] == value(r, c);
+        }
+        CHECK(sound);
+      }
+    }
+  }
+}
+
 void test_threads_give_the_same_bits() {
   const Network network(small_graph());
   const Task task;
@@ -423,6 +451,10 @@ void test_threads_give_the_same_bits() {
       for (float g : gradients(session)) all.push_back(g);
       all.insert(all.end(), session.fisher(), session.fisher() + session.plan().fisher_count);
       all.insert(all.end(), session.prototypes(), session.prototypes() + kWays * network.graph.features());
+      Images<float> single = task.images(true);  // no work for a second thread
+      single.count = 1;
+      session.proto_backward(single, task.labels.data(), 10, 1);
+      for (float g : gradients(session)) all.push_back(g);
     }
     CHECK(session.broken_guard().empty());
     return all;
@@ -522,6 +554,7 @@ int main() {
   test_nothing_allocates_after_construction();
   test_gradients_by_finite_differences();
   test_instruction_sets_agree();
+  test_packed_matrices();
   test_threads_give_the_same_bits();
   test_budgets();
   test_faults_change_no_weight();
