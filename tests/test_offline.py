@@ -15,11 +15,11 @@ pytest.importorskip("tqdm")
 
 from offline_cases import TINY, disk_of, write_folder
 from tinytrain_ext.architectures import operations
+from tinytrain_ext.datasets import cached_images, list_images, read_split
 from tinytrain_ext.errors import ImageError
 from tinytrain_ext.offline.augment import Augmentation, turn
 from tinytrain_ext.offline.backbones import Backbone, embed
 from tinytrain_ext.offline.evaluate_backbone import episode_accuracy
-from tinytrain_ext.offline.image_cache import cached_images, list_images, read_split
 
 
 @pytest.fixture

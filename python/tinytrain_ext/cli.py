@@ -1,5 +1,5 @@
-"""The command line: `tinytrain demo | adapt | classify | profile | import | bench`, and the
-offline stage, `pre-train | meta-train`.
+"""The command line: `tinytrain demo | adapt | classify | profile | import | export | evaluate |
+bench`, and the offline stage, `pre-train | meta-train`.
 
 A command gathers its results in one JSON-able document; `--json` prints it as it is, otherwise it
 is rendered for people. Results go to stdout, everything else to stderr.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -246,6 +247,84 @@ def run_export(args: argparse.Namespace) -> Document:
         "images": parity.images,
         "differences": parity.differences,
     }
+
+
+def run_evaluate(args: argparse.Namespace) -> Document | None:
+    """`tinytrain evaluate`: methods compared on few-shot tasks; under torchrun, tasks are shared
+    out over the processes."""
+    from .datasets import open_image_set
+    from .evaluate import Domain, Method, Rows, evaluate, summary
+
+    if args.report is not None:
+        _need_matplotlib()
+    networks = {"embedded" if path is None else path.stem: _network(path) for path in args.network}
+    if len(networks) < len(args.network):
+        raise InputError("--network: expected files of different names; rows are known by them")
+    methods = [Method.parse(text) for text in args.methods]
+    domains = [
+        Domain(
+            open_image_set(args.data, name),
+            seed=args.seed,
+            protocol=args.protocol,
+            largest_support=args.largest_support,
+        )
+        for name in args.domains
+    ]
+    with _processes() as ranks:
+        rows = evaluate(
+            networks,
+            domains,
+            methods,
+            args.tasks,
+            Rows(args.out, f"rows-{ranks.rank}-of-{ranks.size}.jsonl"),
+            shard=(ranks.rank, ranks.size),
+            threads=args.threads,
+            cache=args.cache,
+            progress=args.progress,
+        )
+        rows = ranks.gather(rows)
+        if ranks.rank > 0:
+            return None
+    reference = Method.parse(args.reference or methods[-1].name).name
+    document = {
+        "command": "evaluate",
+        "out": str(args.out),
+        "report": None,
+        **summary(rows, reference),
+    }
+    if args.report is not None:
+        from .figures import write_report
+
+        document["report"] = str(write_report(rows, reference, args.report))
+    return document
+
+
+class _Alone(NamedTuple):
+    """A run of one process, which needs no PyTorch."""
+
+    rank: int = 0
+    size: int = 1
+
+    def gather(self, rows: list[Document]) -> list[Document]:
+        return rows
+
+
+@contextmanager
+def _processes() -> Iterator[Any]:
+    """The processes that torchrun started, or this one alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield _Alone()
+        return
+    from .offline.training import process_group
+
+    with process_group() as ranks:
+        yield ranks
+
+
+def _need_matplotlib() -> None:
+    """Before hours of work, not after them."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--report needs matplotlib: pip install 'tinytrain_ext[plot]'")
 
 
 def run_bench(args: argparse.Namespace) -> Document:
@@ -653,6 +732,13 @@ def _parser() -> argparse.ArgumentParser:
         "--onnx", type=Path, required=True, metavar="FILE", help="the ONNX file to write"
     )
 
+    _add_evaluate_arguments(
+        add(
+            "evaluate",
+            "Compare methods of on-device training on few-shot tasks from folders of images.",
+            Command(run_evaluate, report.evaluation),
+        )
+    )
     add_pretrain_arguments(
         add(
             "pre-train",
@@ -669,6 +755,80 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_bench(commands)
     return parser
+
+
+def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--network",
+        type=Path,
+        nargs="+",
+        default=[None],
+        metavar="FILE",
+        help="one or more network files; default: the embedded network",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of image sets, laid out as DIR/DOMAIN/CLASS/IMAGE; splits of classes are "
+        "read from DIR/_splits where there are any",
+    )
+    parser.add_argument(
+        "--domains",
+        nargs="+",
+        required=True,
+        metavar="DOMAIN",
+        help="folders of --data; their test classes, or DOMAIN:val for another part of the split",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["none", "lastlayer", "fulltrain", "sparseupdate", "tinytrain"],
+        metavar="METHOD",
+        help="KIND or KIND:OPTION=VALUE,... such as tinytrain:ratio=0.25,memory=524288; kinds: "
+        "none, lastlayer, fulltrain, sparseupdate (published for the paper's three networks), "
+        "tinytrain, layer (default: all but the last); docs/evaluation.md has "
+        "the options",
+    )
+    parser.add_argument(
+        "--tasks", type=_whole(1), default=30, metavar="N", help="of each domain; default: 30"
+    )
+    parser.add_argument(
+        "--reference",
+        metavar="METHOD",
+        help="the method that others are compared with (default: the last of --methods)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("evaluation"),
+        metavar="DIR",
+        help="folder of the rows, one JSON line a task and method; a run goes on from what is "
+        "there (default: evaluation)",
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="write a page with tables and figures there"
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=("tracks", "meta-dataset"),
+        default="tracks",
+        help="tracks: frames of one film never are support and query of a task (default); "
+        "meta-dataset: they may be, as in the original",
+    )
+    parser.add_argument(
+        "--largest-support",
+        type=_whole(50),
+        default=500,
+        metavar="N",
+        help="most support images of a task (default: 500, Meta-Dataset's)",
+    )
+    parser.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="default: 0")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="decoded images (default: ~/.cache/tinytrain_ext)"
+    )
+    _add_threads(parser)
 
 
 def _add_bench(commands: Any) -> None:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["adaptation", "classify", "imported", "percent_text", "profile", "size_text"]
+__all__ = [
+    "adaptation",
+    "classify",
+    "evaluation",
+    "exported",
+    "imported",
+    "percent_text",
+    "profile",
+    "size_text",
+]
 
 Document = dict[str, Any]
 
@@ -129,6 +139,45 @@ def profile(found: Document) -> str:
             f"{size_text(found['full_train_batch_100_bytes'])}",
         ]
     )
+
+
+def evaluation(found: Document) -> str:
+    """The document of `evaluate` for people: tasks, accuracies, and differences to one method."""
+    domains = [row["domain"] for row in found["tasks"]]
+    lines = ["tasks, mean (standard deviation)"]
+    table = [("domain", "tasks", "ways", "support", "query")]
+    for row in found["tasks"]:
+        sizes = [f"{row[n][0]:.1f} ({row[n][1]:.1f})" for n in ("ways", "support", "query")]
+        table.append((row["domain"], f"{row['tasks']}", *sizes))
+    lines.append(_table(table, (0,)))
+    columns = [*domains, "all"] if len(domains) > 1 else domains
+    networks = list(dict.fromkeys(row["network"] for row in found["accuracy"]))
+    for network in networks:
+        for title, part in (
+            ("accuracy, per cent with 95 % intervals", found["accuracy"]),
+            (f"accuracy minus that of {found['reference']}, paired", found["differences"]),
+        ):
+            cells = {
+                (row["method"], row["domain"]): row for row in part if row["network"] == network
+            }
+            methods = list(dict.fromkeys(method for method, _ in cells))
+            if methods:
+                rows = [("method", *columns)]
+                for method in methods:
+                    texts = [_mean_text(cells.get((method, column))) for column in columns]
+                    rows.append((method, *texts))
+                lines += ["", f"{network}: {title}", _table(rows, (0,))]
+    lines += ["", f"rows         {found['out']}"]
+    if found["report"]:
+        lines.append(f"report       {found['report']}")
+    return "\n".join(lines)
+
+
+def _mean_text(cell: Document | None) -> str:
+    if cell is None:
+        return ""
+    interval = "" if math.isnan(cell["interval"]) else f" +- {cell['interval']:.1f}"
+    return f"{cell['mean']:.1f}{interval}"
 
 
 def imported(found: Document) -> str:

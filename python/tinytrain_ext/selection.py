@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from .errors import BudgetExceeded
 from .network import Network
 
 __all__ = [
+    "CRITERIA",
     "Budget",
     "LayerUpdate",
     "UpdatePolicy",
@@ -31,7 +32,10 @@ __all__ = [
     "select",
     "sparse_update",
     "top_channels",
+    "with_channels",
 ]
+
+CRITERIA = ("tinytrain",)
 
 
 @dataclass(frozen=True)
@@ -150,20 +154,26 @@ class Budget:
             raise ValueError(f"accounting: expected 'planner' or 'paper', got {self.accounting!r}")
 
 
-def score(fisher: Mapping[int, ArrayLike], profile: Profile) -> dict[int, float]:
+def score(
+    fisher: Mapping[int, ArrayLike],
+    profile: Profile,
+    per: Collection[str] = ("weights", "macs"),
+) -> dict[int, float]:
     """Eq. 3: Fisher potential over normalised weights and MACs, for each layer of `fisher`.
 
     fisher: {layer: (O,)}, per output channel. Only ratios of scores mean anything: Fisher is
-    divided by its largest value first, so the scores do not depend on its scale.
+    divided by its largest value first, so the scores do not depend on its scale. per: what the
+    potential is divided by, for ablations.
     Raises ValueError when an array is not (O,) or holds anything but non-negative numbers.
     """
     arrays = {layer: _checked_fisher(layer, fisher[layer], profile) for layer in sorted(fisher)}
     largest = max((float(array.max()) for array in arrays.values()), default=0.0) or 1.0
-    most_weights = max(row.weights for row in profile.layers)
-    most_macs = max(row.macs for row in profile.layers)
+    most_weights = max(row.weights for row in profile.layers) if "weights" in per else 0
+    most_macs = max(row.macs for row in profile.layers) if "macs" in per else 0
     return {
         layer: float((array / largest).sum())
-        / (profile.layers[layer].weights / most_weights * (profile.layers[layer].macs / most_macs))
+        / (profile.layers[layer].weights / most_weights if most_weights else 1)
+        / (profile.layers[layer].macs / most_macs if most_macs else 1)
         for layer, array in arrays.items()
     }
 
@@ -174,6 +184,8 @@ def select(
     budget: Budget | None = None,
     ratio: float = 0.5,
     *,
+    criterion: str = "tinytrain",
+    per: Collection[str] = ("weights", "macs"),
     optimizer: str = "adam",
     biases: bool = False,
     max_ways: int = 50,
@@ -197,7 +209,7 @@ def select(
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio: expected above 0, up to 1, got {ratio}")
     words_per_weight(optimizer)  # refuses an unknown one
-    scores = score(fisher, profile)
+    scores = score(fisher, profile, per)
     if not scores:
         raise ValueError("fisher: expected at least one layer, got none")
     if budget.accounting == "paper":
@@ -235,6 +247,35 @@ def top_channels(values: NDArray[Any], count: int) -> tuple[int, ...]:
     """Indices of the `count` largest of `values` (O,), ascending; the lower index wins a tie."""
     order = np.argsort(-np.asarray(values, np.float64), kind="stable")
     return tuple(sorted(order[:count].tolist()))
+
+
+def with_channels(
+    policy: UpdatePolicy, network: Network, rule: str, rng: np.random.Generator
+) -> UpdatePolicy:
+    """The same layers with as many other channels each: static selection, as in Section 3.3.
+
+    rule: "random"; "l2", those of largest L2 norm of their weights; or "fisher", as they are.
+    Raises ValueError for another rule.
+    """
+    if rule not in ("fisher", "random", "l2"):
+        raise ValueError(f"rule: expected 'fisher', 'random' or 'l2', got {rule!r}")
+    if rule == "fisher":
+        return policy
+    layers = {}
+    for layer, update in policy.layers.items():
+        norms = _norms(network, layer, update.axis)
+        values = norms if rule == "l2" else rng.random(len(norms))
+        layers[layer] = LayerUpdate(update.axis, top_channels(values, len(update.channels)))
+    return UpdatePolicy(layers, policy.biases)
+
+
+def _norms(network: Network, layer: int, axis: str) -> NDArray[np.float64]:
+    """L2 norms of a convolution's weights by channels along `axis`."""
+    squares = np.square(network.weights[layer].astype(np.float64))
+    norms: NDArray[np.float64] = np.sqrt(
+        squares.sum(axis=(1, 2, 3) if axis == "out" else (0, 2, 3))
+    )
+    return norms
 
 
 def full_train(network: Network) -> UpdatePolicy:
@@ -275,9 +316,8 @@ def sparse_update(network: Network, biases: bool = False) -> UpdatePolicy:
     ratios, trained_biases = _SPARSE_UPDATE[architecture.name]
     layers = {}
     for layer, ratio in ratios.items():
-        weight = network.weights[layer].astype(np.float64)
         axis = "out" if network.operations[network.convolutions[layer]].depthwise else "in"
-        norms = np.sqrt(np.square(weight).sum(axis=(1, 2, 3) if axis == "out" else (0, 2, 3)))
+        norms = _norms(network, layer, axis)
         layers[layer] = LayerUpdate(axis, top_channels(norms, max(1, int(ratio * len(norms)))))
     # Published for the nets without a feature mix, whose last convolution closes the last block.
     marks = [network.operations[index].block for index in network.convolutions]

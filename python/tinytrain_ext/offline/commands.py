@@ -299,12 +299,12 @@ def _beginning(args: argparse.Namespace) -> tuple[Network, Backbone]:
 def _training_images(
     args: argparse.Namespace, ranks: Ranks
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    from .image_cache import cached_images, list_images, read_split
+    from ..datasets import cached_images, list_images, read_split
 
     paths, labels = list_images(args.data, read_split(args.split, "train"))
     with ranks.first():
         size = args.stored_size
-        return cached_images(paths, size, size, args.cache, not args.quiet), labels
+        return cached_images(paths, size, size, args.cache, args.progress.phase("decoding")), labels
 
 
 def _run(
@@ -314,16 +314,16 @@ def _run(
     input_size: int,
     export: Callable[[Backbone, float], Network],
 ) -> Run:
+    from ..datasets import cached_images, list_images, read_split
     from .backbones import embed
     from .evaluate_backbone import episode_accuracy
-    from .image_cache import cached_images, list_images, read_split
     from .training import Run
 
     for path in (args.work, args.out.parent):
         path.mkdir(parents=True, exist_ok=True)
 
     def decoded(paths: list[Path]) -> NDArray[np.uint8]:
-        return cached_images(paths, resize, input_size, args.cache, not args.quiet)
+        return cached_images(paths, resize, input_size, args.cache, args.progress.phase("decoding"))
 
     sets: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]] = {}
     if ranks.leads:
@@ -367,7 +367,7 @@ def _run(
 
 def _some_images(directory: Path) -> tuple[list[Path], NDArray[np.int64]]:
     """Some images of each class folder that has enough for an episode."""
-    from .image_cache import list_images
+    from ..datasets import list_images
 
     classes = sorted(path.name for path in directory.iterdir() if path.is_dir())
     paths, labels = list_images(directory, classes)

@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from ..architectures import ARCHITECTURES, random_network
+from ..datasets import cached_images, list_images, read_split
 from ..episodes import FixedEpisodes, mean_and_interval
 from ..network import Network
 from ..protonet import compute_prototypes, cosine_logits
 from .backbones import embed
-from .image_cache import cached_images, list_images, read_split
 
 __all__ = ["Accuracy", "episode_accuracies", "episode_accuracy", "main"]
 

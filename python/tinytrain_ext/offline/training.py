@@ -94,6 +94,14 @@ class Ranks:
         if self.size > 1 and self.leads:
             distributed.barrier()
 
+    def gather(self, value: list[Any]) -> list[Any]:
+        """Every rank's list, one after the other, on all ranks."""
+        if self.size == 1:
+            return value
+        gathered: list[list[Any]] = [[] for _ in range(self.size)]
+        distributed.all_gather_object(gathered, value)
+        return [entry for of in gathered for entry in of]
+
     def total(self, *values: float) -> list[float]:
         """Each value summed over ranks."""
         sums = torch.tensor(values, dtype=torch.float64, device=self.device)

@@ -1,0 +1,571 @@
+"""Methods of on-device training compared on few-shot tasks, as the paper's Section 3 does.
+
+A method is an update policy and how it is trained; all of them train by `adapt`, on the same tasks.
+Every finished task of a method is a row, a JSON object on a line of its own, written at once: an
+interrupted evaluation goes on where it was, and rows of several processes or machines are simply
+put together. What a task is depends on the seed, the domain and the task's number alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .adapt import adapt
+from .cost import Profile, inspected_layers, profile
+from .datasets import ImageSet, cached_images
+from .episodes import MAX_SUPPORT, VariousEpisodes, mean_and_interval
+from .fisher import fisher_pass
+from .network import Network
+from .protonet import cosine_logits
+from .selection import (
+    CRITERIA,
+    Budget,
+    UpdatePolicy,
+    full_train,
+    last_layer,
+    select,
+    sparse_update,
+    top_channels,
+    with_channels,
+)
+from .session import OPTIMIZERS, plan
+from .views import Views
+
+__all__ = [
+    "LEARNING_RATES",
+    "METHODS",
+    "Domain",
+    "Method",
+    "Row",
+    "Rows",
+    "Task",
+    "evaluate",
+    "summary",
+]
+
+Row = dict[str, Any]
+Progress = Callable[[str, int, int], None]
+
+METHODS = ("none", "lastlayer", "fulltrain", "sparseupdate", "tinytrain", "layer")
+PROTOCOLS = ("tracks", "meta-dataset")
+SINGLE_LAYERS = 18  # of Figure 3: the last six blocks
+
+# Adam's, chosen per method on the validation episodes of docs/results.md, never on a test domain.
+LEARNING_RATES = {
+    "none": 0.0,
+    "lastlayer": 3e-3,
+    "fulltrain": 1e-4,
+    "sparseupdate": 1e-3,
+    "tinytrain": 3e-3,
+    "layer": 3e-3,
+}
+
+
+def _flag(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError(f"expected 0 or 1, got {text!r}")
+    return text == "1"
+
+
+# Options of a method: how to read each, and which methods take it.
+_TRAINING: dict[str, Callable[[str], Any]] = {
+    "optimizer": str,
+    "learning_rate": float,
+    "iterations": int,
+    "views": int,
+    "prototype_gradient": _flag,
+}
+_OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
+    "none": {},
+    "lastlayer": {**_TRAINING, "biases": _flag},
+    "fulltrain": _TRAINING,
+    "sparseupdate": {**_TRAINING, "biases": _flag},
+    "tinytrain": {
+        **_TRAINING,
+        "biases": _flag,
+        "criterion": str,
+        "ratio": float,
+        "memory": int,
+        "compute": float,
+        "accounting": str,
+        "budget": str,
+        "per": str,
+        "blocks": int,
+        "channels": str,
+    },
+    "layer": {**_TRAINING, "index": int, "ratio": float},
+}
+_PER: dict[str, tuple[str, ...]] = {
+    "weights+macs": ("weights", "macs"),
+    "weights": ("weights",),
+    "macs": ("macs",),
+    "nothing": (),
+}
+_CHOICES: dict[str, Collection[str]] = {
+    "optimizer": OPTIMIZERS,
+    "criterion": CRITERIA,
+    "accounting": ("planner", "paper"),
+    "budget": ("sparseupdate",),
+    "per": _PER,
+    "channels": ("fisher", "random", "l2"),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and what differs from its defaults, such as "tinytrain:ratio=0.25".
+
+    name: as rows carry it, options in alphabetical order; kind: one of METHODS.
+    """
+
+    name: str
+    kind: str
+    options: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """Reads KIND or KIND:OPTION=VALUE,... Raises ValueError naming what is wrong.
+
+        All but "none" take learning_rate, optimizer, iterations, views (a fixed set of so many) and
+        prototype_gradient (0 or 1); lastlayer, sparseupdate and tinytrain biases (0 or 1).
+        tinytrain takes what `select` takes: criterion, ratio, memory (bytes), compute (share),
+        accounting; budget=sparseupdate, the memory and compute of that method's policy instead;
+        and for ablations per (what the score divides by: "weights+macs", "weights", "macs" or
+        "nothing"), blocks (how many of the last are inspected) and channels ("fisher", "random" or
+        "l2": another choice on the same layers). layer trains `ratio` of the channels of the one
+        convolution `index` (negative: from the end).
+        """
+        kind, _, rest = text.partition(":")
+        if kind not in METHODS:
+            raise ValueError(f"method {text!r}: expected one of {', '.join(METHODS)}")
+        known = _OPTIONS[kind]
+        options: dict[str, Any] = {}
+        for entry in rest.split(",") if rest else ():
+            name, equals, value = entry.partition("=")
+            if name not in known or not equals or name in options:
+                expected = ", ".join(known) or "no options"
+                raise ValueError(
+                    f"method {text!r}: expected {expected} as NAME=VALUE, got {entry!r}"
+                )
+            try:
+                options[name] = known[name](value)
+            except ValueError as error:
+                raise ValueError(f"method {text!r}: {name}: {error}") from error
+        for name, choices in _CHOICES.items():
+            if name in options and options[name] not in choices:
+                expected = " or ".join(choices)
+                got = options[name]
+                raise ValueError(f"method {text!r}: {name}: expected {expected}, got {got!r}")
+        if kind == "layer" and "index" not in options:
+            raise ValueError(f"method {text!r}: expected index=NUMBER")
+        entries = ",".join(f"{name}={_text(options[name])}" for name in sorted(options))
+        return cls(f"{kind}:{entries}" if entries else kind, kind, options)
+
+    @property
+    def learning_rate(self) -> float:
+        """Its own, or the one chosen for its kind and Adam, times 100 for SGD."""
+        if "learning_rate" in self.options:
+            return float(self.options["learning_rate"])
+        scale = {"adam": 1.0, "momentum": 10.0}.get(self.options.get("optimizer", "adam"), 100.0)
+        return LEARNING_RATES[self.kind] * scale
+
+
+def _text(value: Any) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One few-shot task: support images and labels, query images and labels, ways 0, 1, ..."""
+
+    domain: str
+    number: int
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    queries: NDArray[np.uint8]
+    targets: NDArray[np.int64]
+
+    @property
+    def seed(self) -> int:
+        """Of whatever a method draws on this task: the same for every method."""
+        return zlib.crc32(f"{self.domain} {self.number}".encode())
+
+
+class Domain:
+    """Tasks of various ways and shots from one set of images (`episodes.VariousEpisodes`).
+
+    image_set: the images; protocol: "tracks" keeps frames of one track on one side, "meta-dataset"
+    does not, as the original; largest_support: caps the support set.
+    Raises ValueError when the set is too small for tasks.
+    """
+
+    def __init__(
+        self,
+        image_set: ImageSet,
+        *,
+        seed: int = 0,
+        protocol: str = "tracks",
+        largest_support: int = MAX_SUPPORT,
+    ) -> None:
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol: expected {' or '.join(PROTOCOLS)}, got {protocol!r}")
+        self.image_set = image_set
+        self._seed = seed
+        self.settings: Row = {
+            "seed": seed,
+            "protocol": protocol,
+            "largest_support": largest_support,
+        }
+        try:
+            self._episodes = VariousEpisodes(
+                image_set.labels,
+                superclasses=image_set.superclasses,
+                tracks=image_set.tracks if protocol == "tracks" else None,
+                largest_support=largest_support,
+            )
+        except ValueError as error:
+            raise ValueError(f"{image_set.name}: {error}") from error
+
+    def task(self, number: int, images: NDArray[np.uint8]) -> Task:
+        """Task `number`; images: (N, H, W, 3) uint8, the whole set as the network takes it."""
+        name = self.image_set.name
+        rng = np.random.default_rng([self._seed, zlib.crc32(name.encode()), number])
+        episode = self._episodes.draw(rng)
+        return Task(
+            domain=name,
+            number=number,
+            images=images[episode.support],
+            labels=episode.support_ways.astype(np.int64),
+            queries=images[episode.query],
+            targets=episode.query_ways,
+        )
+
+
+class Rows:
+    """Rows in a folder, one JSON object a line, in as many files as processes wrote.
+
+    name: of this process's own file. What a killed process left of a line is removed from it.
+    """
+
+    def __init__(self, folder: Path, name: str = "rows-0-of-1.jsonl") -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._own = folder / name
+        if self._own.exists():
+            whole, newline, rest = self._own.read_bytes().rpartition(b"\n")
+            if rest:
+                with self._own.open("r+b") as file:
+                    file.truncate(len(whole) + len(newline))
+        self.found: list[Row] = list(read_rows(folder))
+
+    def add(self, row: Row) -> None:
+        """Appends a row, for good when this returns."""
+        with self._own.open("ab") as file:
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.found.append(row)
+
+
+def read_rows(folder: Path) -> Iterator[Row]:
+    """The rows of all of a folder's rows-*.jsonl; a line that is not yet complete is left out.
+
+    Raises ValueError naming the file and line that holds no row.
+    """
+    for path in sorted(folder.glob("rows-*.jsonl")):
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number}: expected a JSON object: {error}"
+                ) from error
+            if not (isinstance(row, dict) and row.keys() >= set(_KEY)):
+                raise ValueError(f"{path}, line {number}: expected {', '.join(_KEY)}")
+            yield row
+
+
+_KEY = ("network", "domain", "task", "method", "seed", "protocol", "largest_support")
+
+
+def key_of(row: Row) -> tuple[Any, ...]:
+    """What makes a row that row; results are sorted by it."""
+    return tuple(row[name] for name in _KEY)
+
+
+def evaluate(
+    networks: Mapping[str, Network],
+    domains: Sequence[Domain],
+    methods: Sequence[Method],
+    tasks: int,
+    rows: Rows,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    threads: int = 1,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Runs every method on the first `tasks` tasks of every domain, for every network.
+
+    networks: {name: network}. Rows that `rows` has are not computed again; new ones are added to
+    it. shard: (rank, size) of this process, which takes every size-th task; cache: folder of
+    decoded images (`cached_images`); progress: called with (phase, done, total).
+    Returns this process's rows, sorted; they do not depend on threads or processes, but for times.
+
+    Raises ValueError where `rows` holds results of other weights under a network's name, OSError
+    and ImageError for images that cannot be read.
+    """
+    report = progress or (lambda phase, done, total: None)
+    digests = {name: _digest(network) for name, network in networks.items()}
+    done: dict[tuple[Any, ...], Row] = {}
+    for row in rows.found:
+        if row["network"] in digests and row["digest"] != digests[row["network"]]:
+            raise ValueError(
+                f"network {row['network']!r}: the rows there are of other weights; "
+                "give the network's file another name, or the rows another folder"
+            )
+        done[key_of(row)] = row
+    costs = {name: profile(network) for name, network in networks.items()}
+    rank, size = shard
+    units = [
+        (domain, number)
+        for index, (number, domain) in enumerate(product(range(tasks), domains))
+        if index % size == rank
+    ]
+    found: list[Row] = []
+    for count, (domain, number) in enumerate(units):
+        report("tasks", count, len(units))
+        for name, network in networks.items():
+            task = None
+            for method in methods:
+                place = {
+                    "network": name,
+                    "domain": domain.image_set.name,
+                    "task": number,
+                    "method": method.name,
+                    **domain.settings,
+                }
+                known = done.get(key_of(place))
+                if known is None:
+                    if task is None:
+                        images = cached_images(
+                            domain.image_set.paths,
+                            network.resize,
+                            network.input_size,
+                            cache,
+                            lambda done, total: report("decoding", done, total),
+                        )
+                        task = domain.task(number, images)
+                    outcome = run_task(network, costs[name], method, task, threads)
+                    known = {**place, "digest": digests[name], **outcome}
+                    rows.add(known)
+                found.append(known)
+    report("tasks", len(units), len(units))
+    return sorted(found, key=key_of)
+
+
+def run_task(network: Network, costs: Profile, method: Method, task: Task, threads: int = 1) -> Row:
+    """Adapts `network` to one task by `method`; accuracy, costs, policy and times as a row."""
+    options = dict(method.options)
+    optimizer = options.get("optimizer", "adam")
+    start = time.perf_counter(), time.process_time()
+    policy = _policy(network, costs, method, task, threads)
+    selected = time.perf_counter()
+    result = adapt(
+        network,
+        task.images,
+        task.labels,
+        policy=policy,
+        iterations=options.get("iterations", 40),
+        optimizer=optimizer,
+        learning_rate=method.learning_rate,
+        views=Views(options["views"]) if "views" in options else None,
+        prototype_gradient=options.get("prototype_gradient", False),
+        threads=threads,
+        seed=task.seed,
+    )
+    seconds, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+    assert result.network.prototypes is not None
+    logits = cosine_logits(
+        result.network.embed(task.queries, threads=threads), result.network.prototypes, 1.0
+    )
+    whole = method.kind == "fulltrain"
+    return {
+        "ways": int(task.labels.max()) + 1,
+        "support": len(task.labels),
+        "query": len(task.targets),
+        "accuracy": float((logits.argmax(axis=1) == task.targets).mean()),
+        "learning_rate": method.learning_rate,
+        "updated_weights": costs.updated_weights(policy),
+        "updated_biases": sum(costs.layers[layer].out_channels for layer in policy.biases),
+        "backward_macs": costs.full_train_macs if whole else costs.backward_macs(policy),
+        "paper_bytes": costs.memory_bytes(policy, optimizer),
+        "planner_bytes": plan(network, policy, optimizer=optimizer).peak_bytes,
+        "layers": {
+            str(layer): [update.axis, _mask(update.channels)]
+            for layer, update in policy.layers.items()
+        },
+        "first_bias": min(policy.biases, default=None),
+        "final_loss": result.history[-1].loss if result.history else None,
+        "seconds": round(seconds, 4),
+        "selection_seconds": round(selected - start[0], 4),
+        "cpu_seconds": round(cpu, 4),
+    }
+
+
+def channels_of(mask: str) -> tuple[int, ...]:
+    """The channels that a row's hexadecimal mask stands for; bit c is channel c."""
+    value = int(mask, 16)
+    return tuple(channel for channel in range(value.bit_length()) if value >> channel & 1)
+
+
+def _mask(channels: Iterable[int]) -> str:
+    return f"{sum(1 << channel for channel in channels):x}"
+
+
+def _policy(
+    network: Network, costs: Profile, method: Method, task: Task, threads: int
+) -> UpdatePolicy:
+    options = method.options
+    biases = options.get("biases", False)
+    if method.kind == "none":
+        return UpdatePolicy()
+    if method.kind == "fulltrain":
+        return full_train(network)
+    if method.kind == "sparseupdate":
+        return sparse_update(network, biases)
+    if method.kind == "lastlayer":
+        policy = last_layer(network)
+        return UpdatePolicy(policy.layers, policy.layers if biases else ())
+    rng = np.random.default_rng(task.seed)
+    ratio = options.get("ratio", 0.5)
+    if method.kind == "layer":
+        layer = range(len(costs.layers))[options["index"]]
+        information = fisher_pass(
+            network, task.images, task.labels, rng=rng, layers=(layer,), threads=threads
+        ).information[layer]
+        count = max(1, int(ratio * len(information)))
+        return UpdatePolicy({layer: top_channels(information, count)})
+    budget = _budget(network, costs, method)
+    planner = budget.accounting == "planner"
+    information_of = fisher_pass(
+        network,
+        task.images,
+        task.labels,
+        rng=rng,
+        layers=inspected_layers(network, options["blocks"]) if "blocks" in options else None,
+        threads=threads,
+        memory_bytes=budget.memory_bytes if planner else None,
+    ).information
+    policy = select(
+        information_of,
+        costs,
+        budget,
+        ratio,
+        criterion=options.get("criterion", CRITERIA[0]),
+        per=_PER[options.get("per", "weights+macs")],
+        optimizer=options.get("optimizer", "adam"),
+        biases=biases,
+    )
+    if "channels" in options:
+        policy = with_channels(policy, network, options["channels"], rng)
+    return policy
+
+
+def _budget(network: Network, costs: Profile, method: Method) -> Budget:
+    """The method's own, or what SparseUpdate's policy takes in the accounting asked for."""
+    options = method.options
+    accounting = options.get("accounting", "planner")
+    if "budget" not in options:
+        return Budget(options.get("memory", 1 << 20), options.get("compute", 0.15), accounting)
+    optimizer = options.get("optimizer", "adam")
+    policy = sparse_update(network, options.get("biases", False))
+    memory = (
+        costs.memory_bytes(policy, optimizer)
+        if accounting == "paper"
+        else plan(network, policy, optimizer=optimizer).peak_bytes
+    )
+    return Budget(memory, costs.compute_share(policy), accounting)
+
+
+def _digest(network: Network) -> str:
+    sums = hashlib.sha256()
+    for array in (*network.weights, *network.biases):
+        sums.update(np.ascontiguousarray(array).tobytes())
+    return sums.hexdigest()[:16]
+
+
+def summary(rows: Sequence[Row], reference: str) -> Row:
+    """Accuracy of each method, and its paired difference to the method `reference`, per cent.
+
+    "accuracy": rows of network, domain, method, tasks, mean and interval (95 %, half the width);
+    domain "all" pools the tasks of all domains. "differences": the same, of a method's accuracy
+    minus the reference's over the tasks both have done. "tasks": ways, support and query sizes of
+    each domain, mean and standard deviation, as the paper's Table 4.
+    """
+    accuracies: dict[tuple[str, str], dict[tuple[Any, ...], float]] = {}
+    sizes: dict[str, dict[int, tuple[int, int, int]]] = {}
+    methods: list[str] = []
+    for row in rows:
+        cell = accuracies.setdefault((row["network"], row["method"]), {})
+        cell[row["domain"], row["task"]] = 100 * row["accuracy"]
+        sizes.setdefault(row["domain"], {})[row["task"]] = (
+            row["ways"],
+            row["support"],
+            row["query"],
+        )
+        if row["method"] not in methods:
+            methods.append(row["method"])
+    methods.sort(key=lambda name: METHODS.index(name.partition(":")[0]))
+    domains = list(sizes)
+    networks = list(dict.fromkeys(network for network, _ in accuracies))
+    found: list[Row] = []
+    differences: list[Row] = []
+    for network, domain, method in product(networks, [*domains, "all"], methods):
+        mine = _of_domain(accuracies.get((network, method), {}), domain)
+        theirs = _of_domain(accuracies.get((network, reference), {}), domain)
+        place = {"network": network, "domain": domain, "method": method}
+        if mine:
+            found.append(place | _cell(list(mine.values())))
+        both = [mine[task] - theirs[task] for task in mine if task in theirs]
+        if both and method != reference:
+            differences.append(place | _cell(both))
+    return {
+        "reference": reference,
+        "accuracy": found,
+        "differences": differences,
+        "tasks": [
+            {"domain": domain, "tasks": len(of), **_sizes(np.array(list(of.values()), np.float64))}
+            for domain, of in sizes.items()
+        ],
+    }
+
+
+def _of_domain(cell: dict[tuple[Any, ...], float], domain: str) -> dict[tuple[Any, ...], float]:
+    return {task: value for task, value in cell.items() if domain in ("all", task[0])}
+
+
+def _cell(values: list[float]) -> Row:
+    mean, interval = mean_and_interval(values)
+    return {"tasks": len(values), "mean": mean, "interval": interval}
+
+
+def _sizes(sizes: NDArray[np.float64]) -> Row:
+    means, deviations = sizes.mean(axis=0), sizes.std(axis=0)
+    return {
+        name: [float(mean), float(deviation)]
+        for name, mean, deviation in zip(
+            ("ways", "support", "query"), means, deviations, strict=True
+        )
+    }
