@@ -277,6 +277,7 @@ def run_evaluate(args: argparse.Namespace) -> Document | None:
             methods,
             args.tasks,
             Rows(args.out, f"rows-{ranks.rank}-of-{ranks.size}.jsonl"),
+            views=args.views,
             shard=(ranks.rank, ranks.size),
             threads=args.threads,
             cache=args.cache,
@@ -823,6 +824,13 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         default=500,
         metavar="N",
         help="most support images of a task (default: 500, Meta-Dataset's)",
+    )
+    parser.add_argument(
+        "--views",
+        type=_whole(1),
+        metavar="N",
+        help="train every method on a fixed set of N views of each image, as `adapt --views` does "
+        "(default: fresh views for every iteration)",
     )
     parser.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="default: 0")
     parser.add_argument(

@@ -60,7 +60,7 @@ Progress = Callable[[str, int, int], None]
 
 METHODS = ("none", "lastlayer", "fulltrain", "sparseupdate", "tinytrain", "layer")
 PROTOCOLS = ("tracks", "meta-dataset")
-SINGLE_LAYERS = 18  # of Figure 3: the last six blocks
+CACHE_BYTES = 512 << 20  # for a fixed set of views; a machine that evaluates is no device
 
 # Adam's, chosen per method on the validation episodes of docs/results.md, never on a test domain.
 LEARNING_RATES = {
@@ -84,7 +84,6 @@ _TRAINING: dict[str, Callable[[str], Any]] = {
     "optimizer": str,
     "learning_rate": float,
     "iterations": int,
-    "views": int,
     "prototype_gradient": _flag,
 }
 _OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
@@ -138,8 +137,8 @@ class Method:
     def parse(cls, text: str) -> Method:
         """Reads KIND or KIND:OPTION=VALUE,... Raises ValueError naming what is wrong.
 
-        All but "none" take learning_rate, optimizer, iterations, views (a fixed set of so many) and
-        prototype_gradient (0 or 1); lastlayer, sparseupdate and tinytrain biases (0 or 1).
+        All but "none" take learning_rate, optimizer, iterations and prototype_gradient (0 or 1);
+        lastlayer, sparseupdate and tinytrain biases (0 or 1).
         tinytrain takes what `select` takes: criterion, ratio, memory (bytes), compute (share),
         accounting; budget=sparseupdate, the memory and compute of that method's policy instead;
         and for ablations per (what the score divides by: "weights+macs", "weights", "macs" or
@@ -296,7 +295,7 @@ def read_rows(folder: Path) -> Iterator[Row]:
             yield row
 
 
-_KEY = ("network", "domain", "task", "method", "seed", "protocol", "largest_support")
+_KEY = ("network", "domain", "task", "method", "seed", "protocol", "largest_support", "views")
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
@@ -311,6 +310,7 @@ def evaluate(
     tasks: int,
     rows: Rows,
     *,
+    views: int | None = None,
     shard: tuple[int, int] = (0, 1),
     threads: int = 1,
     cache: Path | None = None,
@@ -319,7 +319,8 @@ def evaluate(
     """Runs every method on the first `tasks` tasks of every domain, for every network.
 
     networks: {name: network}. Rows that `rows` has are not computed again; new ones are added to
-    it. shard: (rank, size) of this process, which takes every size-th task; cache: folder of
+    it. views: a fixed set of so many augmented views of each support image for every method,
+    which lets frozen layers see each view once; None: fresh views in every iteration. shard: (rank, size) of this process, which takes every size-th task; cache: folder of
     decoded images (`cached_images`); progress: called with (phase, done, total).
     Returns this process's rows, sorted; they do not depend on threads or processes, but for times.
 
@@ -355,6 +356,7 @@ def evaluate(
                     "task": number,
                     "method": method.name,
                     **domain.settings,
+                    "views": views,
                 }
                 known = done.get(key_of(place))
                 if known is None:
@@ -367,7 +369,7 @@ def evaluate(
                             lambda done, total: report("decoding", done, total),
                         )
                         task = domain.task(number, images)
-                    outcome = run_task(network, costs[name], method, task, threads)
+                    outcome = run_task(network, costs[name], method, task, views, threads)
                     known = {**place, "digest": digests[name], **outcome}
                     rows.add(known)
                 found.append(known)
@@ -390,7 +392,7 @@ def run_task(network: Network, costs: Profile, method: Method, task: Task, threa
         iterations=options.get("iterations", 40),
         optimizer=optimizer,
         learning_rate=method.learning_rate,
-        views=Views(options["views"]) if "views" in options else None,
+        views=None if views is None else Views(views, CACHE_BYTES),
         prototype_gradient=options.get("prototype_gradient", False),
         threads=threads,
         seed=task.seed,
