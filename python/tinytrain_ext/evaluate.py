@@ -320,8 +320,9 @@ def evaluate(
 
     networks: {name: network}. Rows that `rows` has are not computed again; new ones are added to
     it. views: a fixed set of so many augmented views of each support image for every method,
-    which lets frozen layers see each view once; None: fresh views in every iteration. shard: (rank, size) of this process, which takes every size-th task; cache: folder of
-    decoded images (`cached_images`); progress: called with (phase, done, total).
+    which lets frozen layers see each view once; None: fresh views in every iteration. shard:
+    (rank, size) of this process, which takes every size-th task; cache: folder of decoded images
+    (`cached_images`); progress: called with (phase, done, total).
     Returns this process's rows, sorted; they do not depend on threads or processes, but for times.
 
     Raises ValueError where `rows` holds results of other weights under a network's name, OSError
@@ -377,7 +378,14 @@ def evaluate(
     return sorted(found, key=key_of)
 
 
-def run_task(network: Network, costs: Profile, method: Method, task: Task, threads: int = 1) -> Row:
+def run_task(
+    network: Network,
+    costs: Profile,
+    method: Method,
+    task: Task,
+    views: int | None = None,
+    threads: int = 1,
+) -> Row:
     """Adapts `network` to one task by `method`; accuracy, costs, policy and times as a row."""
     options = dict(method.options)
     optimizer = options.get("optimizer", "adam")
