@@ -27,6 +27,7 @@ LAYERS = [
     {"selection", "demo"},
     {"session"},
     {"fisher", "views"},
+    {"heldout"},
     {"adapt"},
     {"evaluate"},
     {"report", "figures", "offline.commands", "bench"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from .cost import Profile, inspected_layers, profile
 from .errors import BudgetExceeded, NonFiniteError
 from .fisher import FisherPass, fisher_pass
+from .heldout import held_out_gain, reachable_layers
 from .network import Network
 from .protonet import leave_one_out, loss_and_gradients, probabilities, unknown_threshold
 from .selection import Budget, UpdatePolicy, select
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .images import Augmentation
     from .session import Plan, Prefix, Session
 
-__all__ = ["AdaptResult", "Classification", "Iteration", "adapt", "classify"]
+__all__ = ["AdaptResult", "Classification", "Iteration", "adapt", "classify", "inspect"]
 
 DEFAULT_LEARNING_RATE = {"adam": 1e-3, "momentum": 1e-2, "sgd": 1e-1, "in_place_sgd": 1e-1}
 UNKNOWN = "unknown"
@@ -92,6 +93,7 @@ def adapt(
     classes: Sequence[str] | None = None,
     budget: Budget | None = None,
     policy: UpdatePolicy | None = None,
+    criterion: str = "tinytrain",
     ratio: float = 0.5,
     iterations: int = 40,
     optimizer: str = "adam",
@@ -109,7 +111,7 @@ def adapt(
     images: (N, H, W, 3) uint8, the support set; labels: (N,) int64 in 0..ways-1, every class at
     least once; classes: names of the classes ("0", "1", ... by default).
     budget: Budget() by default; with a given `policy`, which replaces Fisher information and
-    selection, no limit by default. ratio, biases: see `select`.
+    selection, no limit by default. criterion, ratio, biases: see `select`.
     optimizer: one of `session.OPTIMIZERS`; learning_rate: 1e-3 by default for "adam", 1e-2 for
     "momentum", 1e-1 for "sgd" and "in_place_sgd".
     views: a fixed set of pseudo-query views with a cache of what the frozen prefix makes of them;
@@ -142,10 +144,12 @@ def adapt(
 
     fisher = None
     if policy is None:
+        assert budget is not None
         choose = partial(
             select,
             profile=costs,
             ratio=ratio,
+            criterion=criterion,
             optimizer=optimizer,
             biases=biases,
             max_ways=ways,
@@ -155,17 +159,18 @@ def adapt(
         report("fisher", 0, 1)
         with _timed(timings, "fisher"):  # lines 1 and 2
             try:
-                fisher = fisher_pass(
+                fisher = inspect(
                     network,
                     images,
                     labels,
+                    budget,
+                    criterion=criterion,
                     rng=rng,
                     threads=threads,
-                    memory_bytes=memory_bytes,
                     frozen_weights=frozen_weights,
                 )
             except BudgetExceeded as error:
-                raise _smallest(error, costs, budget, choose) from error
+                raise _smallest(error, costs, budget, criterion, choose) from error
         report("fisher", 1, 1)
         with _timed(timings, "selection"):  # lines 3 and 4
             policy = choose(fisher.information, budget=budget)
@@ -226,6 +231,44 @@ def adapt(
         timings=timings,
         history=tuple(history),
     )
+
+
+def inspect(
+    network: Network,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    budget: Budget,
+    *,
+    rng: np.random.Generator,
+    criterion: str = "tinytrain",
+    layers: Iterable[int] | None = None,
+    threads: int = 1,
+    frozen_weights: str = "float32",
+) -> FisherPass:
+    """What `select` wants to know of the support set by `criterion`: {layer: (O,)}, and its cost.
+
+    Fisher information (Eq. 2) of `inspected_layers`, or held-out gains of `reachable_layers`;
+    layers: others than these. Raises as `adapt` does.
+    """
+    ask = {"tinytrain": fisher_pass, "held_out": held_out_gain}
+    if criterion not in ask:
+        raise ValueError(f"criterion: expected {' or '.join(ask)}, got {criterion!r}")
+    return ask[criterion](
+        network,
+        images,
+        labels,
+        rng=rng,
+        layers=_asked(profile(network), budget, criterion) if layers is None else tuple(layers),
+        threads=threads,
+        memory_bytes=budget.memory_bytes if budget.accounting == "planner" else None,
+        frozen_weights=frozen_weights,
+    )
+
+
+def _asked(costs: Profile, budget: Budget, criterion: str) -> tuple[int, ...]:
+    if criterion == "held_out":
+        return reachable_layers(costs, budget)
+    return inspected_layers(costs.network)
 
 
 def _both_backward(
@@ -344,16 +387,17 @@ def _check_compute(policy: UpdatePolicy, costs: Profile, budget: Budget) -> None
 def _smallest(
     error: BudgetExceeded,
     costs: Profile,
-    budget: Budget | None,
+    budget: Budget,
+    criterion: str,
     choose: Callable[..., UpdatePolicy],
 ) -> BudgetExceeded:
     """The error of a Fisher pass that does not fit, naming a budget that carries selection, too."""
     uniform = {
         layer: np.ones(costs.layers[layer].out_channels)
-        for layer in inspected_layers(costs.network)
+        for layer in _asked(costs, budget, criterion)
     }
     try:
-        choose(uniform, budget=dataclasses.replace(budget or Budget(), memory_bytes=1))
+        choose(uniform, budget=dataclasses.replace(budget, memory_bytes=1))
     except BudgetExceeded as selection:
         needed = max(error.needed_bytes or 0, selection.needed_bytes or 0)
         message = f"Fisher pass: {error}; an adaptation needs at least {needed} bytes"

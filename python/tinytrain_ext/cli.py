@@ -48,7 +48,7 @@ from .offline.commands import (
     run_pretrain,
 )
 from .offline.commands import render as report_training
-from .selection import Budget, UpdatePolicy, full_train, last_layer, select, sparse_update
+from .selection import CRITERIA, Budget, UpdatePolicy, full_train, last_layer, select, sparse_update
 from .session import FROZEN_WEIGHTS, OPTIMIZERS, plan
 from .views import Views
 
@@ -382,6 +382,7 @@ def _adapted(
         support.labels,
         classes=support.classes,
         budget=budget,
+        criterion=args.criterion,
         ratio=args.ratio,
         iterations=args.iterations,
         optimizer=args.optimizer,
@@ -899,6 +900,13 @@ def _add_adaptation_arguments(parser: argparse.ArgumentParser) -> None:
         "--network", type=Path, metavar="FILE", help="default: the embedded network"
     )
     _add_budget_arguments(parser)
+    parser.add_argument(
+        "--criterion",
+        choices=CRITERIA,
+        default=CRITERIA[0],
+        help="tinytrain: Eq. 3 of the paper (default); held_out: what training a channel promises "
+        "for photos that it is not trained on",
+    )
     parser.add_argument("--iterations", type=_whole(0), default=40, metavar="N", help="default: 40")
     parser.add_argument(
         "--learning-rate",

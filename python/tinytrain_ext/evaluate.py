@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .adapt import adapt
+from .adapt import adapt, inspect
 from .cost import Profile, inspected_layers, profile
 from .datasets import ImageSet, cached_images
 from .episodes import MAX_SUPPORT, VariousEpisodes, mean_and_interval
@@ -421,7 +421,9 @@ def run_task(
         "updated_biases": sum(costs.layers[layer].out_channels for layer in policy.biases),
         "backward_macs": costs.full_train_macs if whole else costs.backward_macs(policy),
         "paper_bytes": costs.memory_bytes(policy, optimizer),
-        "planner_bytes": plan(network, policy, optimizer=optimizer).peak_bytes,
+        "planner_bytes": plan(
+            network, policy, optimizer=optimizer, memory_bytes=_limit(network, costs, method)
+        ).peak_bytes,
         "layers": {
             str(layer): [update.axis, _mask(update.channels)]
             for layer, update in policy.layers.items()
@@ -468,22 +470,23 @@ def _policy(
         count = max(1, int(ratio * len(information)))
         return UpdatePolicy({layer: top_channels(information, count)})
     budget = _budget(network, costs, method)
-    planner = budget.accounting == "planner"
-    information_of = fisher_pass(
+    criterion = options.get("criterion", CRITERIA[0])
+    information_of = inspect(
         network,
         task.images,
         task.labels,
+        budget,
+        criterion=criterion,
         rng=rng,
         layers=inspected_layers(network, options["blocks"]) if "blocks" in options else None,
         threads=threads,
-        memory_bytes=budget.memory_bytes if planner else None,
     ).information
     policy = select(
         information_of,
         costs,
         budget,
         ratio,
-        criterion=options.get("criterion", CRITERIA[0]),
+        criterion=criterion,
         per=_PER[options.get("per", "weights+macs")],
         optimizer=options.get("optimizer", "adam"),
         biases=biases,
@@ -507,6 +510,14 @@ def _budget(network: Network, costs: Profile, method: Method) -> Budget:
         else plan(network, policy, optimizer=optimizer).peak_bytes
     )
     return Budget(memory, costs.compute_share(policy), accounting)
+
+
+def _limit(network: Network, costs: Profile, method: Method) -> int | None:
+    """Bytes that the engine's plan of the method is held to."""
+    if method.kind != "tinytrain":
+        return None
+    budget = _budget(network, costs, method)
+    return budget.memory_bytes if budget.accounting == "planner" else None
 
 
 def _digest(network: Network) -> str:

@@ -35,7 +35,7 @@ __all__ = [
     "with_channels",
 ]
 
-CRITERIA = ("tinytrain",)
+CRITERIA = ("tinytrain", "held_out")
 
 
 @dataclass(frozen=True)
@@ -195,10 +195,15 @@ def select(
 ) -> UpdatePolicy:
     """TinyTrain's dynamic layer and channel selection (Algorithm 1, line 4).
 
-    Walks down the layers by score (Eq. 3; the lower layer first in a tie), takes every layer that
-    still fits the budget with the max(1, floor(ratio * O)) output channels of largest Fisher
-    information, and skips what does not fit. biases: train the biases from the earliest selected
-    layer on, too.
+    criterion "tinytrain", as published: walks down the layers by score (Eq. 3; the lower layer
+    first in a tie), takes every layer that still fits the budget with the
+    max(1, floor(ratio * O)) output channels of largest Fisher information, and skips what does not
+    fit. per: see `score`.
+    criterion "held_out": `fisher` holds gains instead (`heldout.held_out_gain`). For every layer
+    as the earliest one, takes the channels behind it by gain a weight, across layers and as many
+    as the budget carries; of these choices the one of largest gain is it. `ratio` and `per` do not
+    matter.
+    biases: train the biases from the earliest selected layer on, too.
 
     peak_bytes: memory of a policy under "planner" accounting, in bytes; by default the peak of
     the engine's own plan for `optimizer`, `max_ways`, `threads` and `frozen_weights`.
@@ -206,6 +211,8 @@ def select(
     Raises BudgetExceeded, naming the smallest budget that would do, when not one layer fits.
     """
     budget = Budget() if budget is None else budget
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion: expected {' or '.join(CRITERIA)}, got {criterion!r}")
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio: expected above 0, up to 1, got {ratio}")
     words_per_weight(optimizer)  # refuses an unknown one
@@ -225,22 +232,87 @@ def select(
         trained = range(min(layers), len(profile.layers)) if biases else ()
         return UpdatePolicy(layers, tuple(trained))
 
-    chosen: dict[int, LayerUpdate] = {}
+    def fits(policy: UpdatePolicy) -> bool:
+        # Compute first: a plan of the engine costs more than a sum.
+        in_compute = profile.compute_share(policy) <= budget.compute
+        return in_compute and memory(policy) <= budget.memory_bytes
+
+    chosen, refused = (
+        _walk(scores, fisher, ratio, policy_of, fits)
+        if criterion == "tinytrain"
+        else _fill(fisher, profile, policy_of, fits)
+    )
+    if not chosen:
+        costs = [(memory(policy), profile.compute_share(policy)) for policy in refused]
+        raise _exceeded(costs, budget)
+    return policy_of(chosen)
+
+
+_Layers = dict[int, LayerUpdate]
+
+
+def _walk(
+    scores: Mapping[int, float],
+    fisher: Mapping[int, ArrayLike],
+    ratio: float,
+    policy_of: Callable[[_Layers], UpdatePolicy],
+    fits: Callable[[UpdatePolicy], bool],
+) -> tuple[_Layers, list[UpdatePolicy]]:
+    """The published choice, and the policies that did not fit."""
+    chosen: _Layers = {}
     refused: list[UpdatePolicy] = []
     for layer in sorted(scores, key=lambda layer: (-scores[layer], layer)):
         values = np.asarray(fisher[layer])
         channels = top_channels(values, max(1, math.floor(ratio * len(values))))
         policy = policy_of({**chosen, layer: LayerUpdate("out", channels)})
-        # Compute first: a plan of the engine costs more than a sum.
-        fits = profile.compute_share(policy) <= budget.compute
-        if fits and memory(policy) <= budget.memory_bytes:
+        if fits(policy):
             chosen[layer] = policy.layers[layer]
         else:
             refused.append(policy)
-    if not chosen:
-        costs = [(memory(policy), profile.compute_share(policy)) for policy in refused]
-        raise _exceeded(costs, budget)
-    return policy_of(chosen)
+    return chosen, refused
+
+
+def _fill(
+    gains: Mapping[int, ArrayLike],
+    profile: Profile,
+    policy_of: Callable[[_Layers], UpdatePolicy],
+    fits: Callable[[UpdatePolicy], bool],
+) -> tuple[_Layers, list[UpdatePolicy]]:
+    """The reach and the channels of largest gain, and single channels that did not fit."""
+    layers = np.concatenate([np.full(len(np.asarray(gains[k])), k) for k in sorted(gains)])
+    channels = np.concatenate([np.arange(len(np.asarray(gains[k]))) for k in sorted(gains)])
+    values = np.concatenate([np.asarray(gains[k], np.float64) for k in sorted(gains)])
+    sizes = np.array([profile.layers[k].weights / profile.layers[k].out_channels for k in layers])
+    # Lower layers and channels first in a tie; what promises nothing is not trained.
+    order = np.argsort(-values / sizes, kind="stable")
+    order = order[values[order] > 0]
+    if not len(order):
+        order = np.argsort(layers, kind="stable")[-1:]  # nothing promises anything: the least
+
+    def taken(indices: NDArray[np.int64]) -> _Layers:
+        return {
+            int(k): LayerUpdate("out", tuple(channels[indices[layers[indices] == k]].tolist()))
+            for k in np.unique(layers[indices])
+        }
+
+    best: tuple[float, _Layers] = (-1.0, {})
+    refused: list[UpdatePolicy] = []
+    for first in sorted(gains, reverse=True):
+        behind = order[layers[order] >= first]
+        own = behind[layers[behind] == first]
+        if not len(own) or values[behind].sum() <= best[0]:
+            continue
+        # Its best channel is always in, or it would not be the reach.
+        behind = np.concatenate([own[:1], behind[behind != own[0]]])
+        low, high = 0, len(behind) + 1  # as many fit, as many do not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(policy_of(taken(behind[:middle]))) else (low, middle)
+        if low == 0:
+            refused.append(policy_of(taken(behind[:1])))
+        elif values[behind[:low]].sum() > best[0]:
+            best = float(values[behind[:low]].sum()), taken(behind[:low])
+    return best[1], refused
 
 
 def top_channels(values: NDArray[Any], count: int) -> tuple[int, ...]:
