@@ -44,6 +44,7 @@ from .network import Network, default_network, write_atomically
 from .offline.commands import (
     add_metatrain_arguments,
     add_pretrain_arguments,
+    processes,
     run_metatrain,
     run_pretrain,
 )
@@ -270,7 +271,7 @@ def run_evaluate(args: argparse.Namespace) -> Document | None:
         )
         for name in args.domains
     ]
-    with _processes() as ranks:
+    with processes() as ranks:
         rows = evaluate(
             networks,
             domains,
@@ -298,28 +299,6 @@ def run_evaluate(args: argparse.Namespace) -> Document | None:
 
         document["report"] = str(write_report(rows, reference, args.report))
     return document
-
-
-class _Alone(NamedTuple):
-    """A run of one process, which needs no PyTorch."""
-
-    rank: int = 0
-    size: int = 1
-
-    def gather(self, rows: list[Document]) -> list[Document]:
-        return rows
-
-
-@contextmanager
-def _processes() -> Iterator[Any]:
-    """The processes that torchrun started, or this one alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield _Alone()
-        return
-    from .offline.training import process_group
-
-    with process_group() as ranks:
-        yield ranks
 
 
 def _need_matplotlib() -> None:

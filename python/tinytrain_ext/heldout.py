@@ -27,7 +27,6 @@ from .fisher import FisherPass
 from .images import draw_augmentation
 from .network import Network
 from .selection import Budget, UpdatePolicy
-from .session import Session, plan
 
 __all__ = ["held_out_gain", "reachable_layers"]
 
@@ -70,6 +69,8 @@ def held_out_gain(
     and of the sums beside it.
     Raises BudgetExceeded naming the smallest limit that would do.
     """
+    from .session import Session  # here, so that importing the package does not load the engine
+
     ways = int(labels.max()) + 1
     costs = profile(network)
     options: dict[str, Any] = {
@@ -124,6 +125,7 @@ def _parts(
     options: dict[str, Any],
 ) -> list[UpdatePolicy]:
     """All channels of `layers`, in parts whose gradients and sums fit; late layers first."""
+    from .session import plan
 
     def needed(policy: UpdatePolicy) -> int:
         return plan(network, policy, **options).peak_bytes + _sum_bytes(costs, policy)

@@ -283,11 +283,7 @@ def _fill(
     channels = np.concatenate([np.arange(len(np.asarray(gains[k]))) for k in sorted(gains)])
     values = np.concatenate([np.asarray(gains[k], np.float64) for k in sorted(gains)])
     sizes = np.array([profile.layers[k].weights / profile.layers[k].out_channels for k in layers])
-    # Lower layers and channels first in a tie; what promises nothing is not trained.
-    order = np.argsort(-values / sizes, kind="stable")
-    order = order[values[order] > 0]
-    if not len(order):
-        order = np.argsort(layers, kind="stable")[-1:]  # nothing promises anything: the least
+    order = np.argsort(-values / sizes, kind="stable")  # lower layers and channels first in a tie
 
     def taken(indices: NDArray[np.int64]) -> _Layers:
         return {
@@ -298,12 +294,12 @@ def _fill(
     best: tuple[float, _Layers] = (-1.0, {})
     refused: list[UpdatePolicy] = []
     for first in sorted(gains, reverse=True):
-        behind = order[layers[order] >= first]
-        own = behind[layers[behind] == first]
-        if not len(own) or values[behind].sum() <= best[0]:
+        # Its best channel is always in, or it would not be the reach; others that promise something.
+        own = order[layers[order] == first][0]
+        others = order[(layers[order] >= first) & (values[order] > 0) & (order != own)]
+        behind = np.concatenate([[own], others])
+        if values[behind].sum() <= best[0]:
             continue
-        # Its best channel is always in, or it would not be the reach.
-        behind = np.concatenate([own[:1], behind[behind != own[0]]])
         low, high = 0, len(behind) + 1  # as many fit, as many do not
         while high - low > 1:
             middle = (low + high) // 2

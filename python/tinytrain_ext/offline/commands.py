@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -237,6 +238,29 @@ def render(document: Document) -> str:
         f"network: {document['out']}",
     ]
     return "\n".join(lines)
+
+
+class Alone(NamedTuple):
+    """What `Ranks` is, in a run of one process without PyTorch."""
+
+    rank: int = 0
+    size: int = 1
+
+    def gather(self, value: list[Any]) -> list[Any]:
+        """The list itself: there are no others."""
+        return value
+
+
+@contextmanager
+def processes() -> Iterator[Ranks | Alone]:
+    """The processes that torchrun started, for commands which need PyTorch for nothing else."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Alone()
+        return
+    from .training import process_group
+
+    with process_group() as ranks:
+        yield ranks
 
 
 @contextmanager
