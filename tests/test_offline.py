@@ -1,22 +1,16 @@
-"""The offline stage but for its training: folding, augmentation, the image cache, evaluation."""
+"""The offline stage but for its training: folding, augmentation, evaluation."""
 # ruff: noqa: E402 (without torch the imports below would fail instead of skipping)
 
 from __future__ import annotations
 
-import errno
-from pathlib import Path
-
 import numpy as np
 import pytest
-from PIL import Image
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("tqdm")
 
-from offline_cases import TINY, disk_of, write_folder
+from offline_cases import TINY
 from tinytrain_ext.architectures import operations
-from tinytrain_ext.datasets import cached_images, list_images, read_split
-from tinytrain_ext.errors import ImageError
 from tinytrain_ext.offline.augment import Augmentation, turn
 from tinytrain_ext.offline.backbones import Backbone, embed
 from tinytrain_ext.offline.evaluate_backbone import episode_accuracy
@@ -80,15 +74,6 @@ def test_a_part_of_a_drawn_augmentation_is_the_part_s(images: np.ndarray) -> Non
     assert torch.equal(drawn[9:18].apply(images[9:18], 16), whole[9:18])
 
 
-def test_a_full_disk_leaves_no_cache(folder: Path) -> None:
-    paths, _ = list_images(folder / "data", ["class0"])
-    with disk_of(5000), pytest.raises(OSError, match="cache") as caught:
-        cached_images(paths, 24, 20, folder / "cache")
-    assert caught.value.errno == errno.EFBIG
-    assert not list((folder / "cache").iterdir())
-    assert len(cached_images(paths, 24, 20, folder / "cache")) == 20
-
-
 def test_episodes_of_separable_and_of_equal_features() -> None:
     labels = np.repeat(np.arange(6), 12)
     rng = np.random.default_rng(0)
@@ -103,41 +88,3 @@ def test_episodes_of_separable_and_of_equal_features() -> None:
         episode_accuracy(noise, labels, rng=rng, **options | {"ways": 7})
     with pytest.raises(ValueError, match="at most the 12 images"):
         episode_accuracy(noise, labels, rng=rng, **options | {"shots": 3})
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_folder(tmp_path)
-
-
-def test_cache_is_made_once_and_remade_for_changed_files(folder: Path) -> None:
-    paths, labels = list_images(folder / "data", read_split(folder / "split.json", "train"))
-    assert len(paths) == 100
-    assert labels.tolist() == [label for label in range(5) for _ in range(20)]
-    images = cached_images(paths, 24, 20, folder / "cache")
-    assert images.shape == (100, 20, 20, 3)
-    assert isinstance(images, np.memmap)
-    again = cached_images(paths, 24, 20, folder / "cache")
-    assert images.filename == again.filename
-    Image.new("RGB", (30, 24), "red").save(paths[7])
-    assert (cached_images(paths, 24, 20, folder / "cache")[7] == (255, 0, 0)).all()
-    assert len(list((folder / "cache").iterdir())) == 2
-
-
-def test_bad_data_is_named(folder: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="class 'class99'"):
-        list_images(folder / "data", ["class99"])
-    (folder / "data" / "empty").mkdir()
-    with pytest.raises(ValueError, match="class 'empty': expected images"):
-        list_images(folder / "data", ["empty"])
-    with pytest.raises(ValueError, match="at least one class of 'test'"):
-        read_split(folder / "split.json", "test")
-    (folder / "list.json").write_text("[]")
-    with pytest.raises(ValueError, match="expected a JSON object, got list"):
-        read_split(folder / "list.json", "test")
-    broken = folder / "data" / "class0" / "07.png"
-    broken.write_bytes(broken.read_bytes()[:100])
-    paths, _ = list_images(folder / "data", ["class0"])
-    with pytest.raises(ImageError, match=r"class0/07\.png"):
-        cached_images(paths, 24, 20, folder / "cache")
-    assert not list((folder / "cache").iterdir())
