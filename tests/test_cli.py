@@ -466,6 +466,26 @@ def test_progress_bar(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_progress_bar_says_how_long_a_phase_takes(capsys, monkeypatch):
+    def shown(seconds, phase, done, total):
+        nonlocal now
+        now += seconds
+        bar(phase, done, total)
+        return capsys.readouterr().err.rstrip().rpartition("/")[2]
+
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    bar = ProgressBar(enabled=True)
+    assert shown(0, "tasks", 20, 90) == "90"  # resumed: 20 took no time
+    assert shown(2, "tasks", 21, 90) == "90"  # too soon to tell
+    assert shown(18, "tasks", 22, 90) == "90, 12 min left"  # 68 of 10 s
+    assert shown(0, "decoding", 0, 400) == "400"
+    assert shown(10, "decoding", 100, 400) == "400, 30 s left"
+    assert shown(570, "tasks", 24, 90) == "90, 2 h 45 min left"  # 66 of 150 s
+    assert shown(5, "decoding", 1, 400) == "400"  # once more from the start
+    assert shown(9000, "tasks", 90, 90) == "90"
+
+
 def command(*arguments):
     return [sys.executable, "-m", "tinytrain_ext", *map(str, arguments)]
 

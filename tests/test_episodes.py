@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -141,3 +144,43 @@ def test_various_episodes_need_enough_classes() -> None:
         VariousEpisodes(labels, superclasses=labels // 3)
     with pytest.raises(ValueError, match="largest_support: expected at least 50, got 20"):
         VariousEpisodes(labels, largest_support=20)
+
+
+# The paper's Table 4, 200 trials: mean and standard deviation.
+TABLE_4 = {
+    "traffic_sign": {"ways": (22.5, 11.8), "support": (445.9, 90.6), "query": (224.8, 117.7)},
+    "omniglot": {"ways": (19.3, 10.8), "support": (93.7, 81.2), "query": (193.4, 108.1)},
+}
+
+
+@pytest.mark.parametrize("name", TABLE_4)
+def test_various_episodes_have_the_sizes_of_table_4(data_dir: Path, name: str) -> None:
+    """Of the real numbers of images and classes, within three standard errors of both samples.
+
+    Not compared: traffic signs' mean shots. The paper prints 29.0, which is what 500 images for
+    every one of 5 to 43 ways would give; supports of random size, which its other columns agree
+    with, give about 22.
+    """
+    path = data_dir / "_splits" / "meta_dataset" / f"{name}_dataset_spec.json"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    spec = json.loads(path.read_text())
+    if name == "omniglot":  # 20 images of each character; the last 20 alphabets are test's
+        characters = list(spec["classes_per_superclass"].values())[30:]
+        sizes = [20] * sum(characters)
+        homes = np.repeat(np.repeat(np.arange(20), characters), 20)
+    else:
+        sizes, homes = list(spec["images_per_class"].values()), None
+    episodes = drawn(np.repeat(np.arange(len(sizes)), sizes), 300, superclasses=homes)
+    found = {
+        "ways": [episode.ways for episode in episodes],
+        "support": [len(episode.support) for episode in episodes],
+        "query": [len(episode.query) for episode in episodes],
+    }
+    assert found["query"] == [10 * ways for ways in found["ways"]]
+    for what, (mean, deviation) in TABLE_4[name].items():
+        ours = np.array(found[what], np.float64)
+        error = np.sqrt(deviation**2 / 200 + ours.var(ddof=1) / len(ours))
+        assert abs(ours.mean() - mean) < 3 * error, what
+    deviation = TABLE_4[name]["ways"][1]
+    assert abs(np.std(found["ways"], ddof=1) - deviation) < 3 * deviation / np.sqrt(2 * 200)

@@ -30,7 +30,7 @@ LAYERS = [
     {"heldout"},
     {"adapt"},
     {"evaluate"},
-    {"report", "figures", "offline.commands", "bench"},
+    {"report", "page", "figures", "offline.commands", "bench"},
     {"cli"},
     {"__main__"},
 ]

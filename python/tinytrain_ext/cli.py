@@ -1,5 +1,5 @@
 """The command line: `tinytrain demo | adapt | classify | profile | import | export | evaluate |
-bench`, and the offline stage, `pre-train | meta-train`.
+report | bench`, and the offline stage, `pre-train | meta-train`.
 
 A command gathers its results in one JSON-able document; `--json` prints it as it is, otherwise it
 is rendered for people. Results go to stdout, everything else to stderr.
@@ -17,6 +17,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -91,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(args, EXIT_INTERRUPTED, "interrupted")
     except BudgetExceeded as error:
-        return _fail(args, EXIT_BUDGET, _larger_budget(args, error))
+        own = "memory" in args  # the budget is this command's, not a method's
+        return _fail(args, EXIT_BUDGET, _larger_budget(args, error) if own else str(error))
     except NonFiniteError as error:
         return _fail(args, EXIT_UNEXPECTED, f"{error}; give a smaller --learning-rate")
     except ArithmeticError as error:
@@ -258,10 +260,12 @@ def run_evaluate(args: argparse.Namespace) -> Document | None:
 
     if args.report is not None:
         _need_matplotlib()
-    networks = {"embedded" if path is None else path.stem: _network(path) for path in args.network}
-    if len(networks) < len(args.network):
-        raise InputError("--network: expected files of different names; rows are known by them")
+        args.report.mkdir(parents=True, exist_ok=True)
+    networks = _named_networks(args.network)
     methods = [Method.parse(text) for text in args.methods]
+    reference = Method.parse(args.reference or args.methods[-1])
+    if reference not in methods:
+        raise InputError(f"--reference: expected one of --methods, got {args.reference!r}")
     domains = [
         Domain(
             open_image_set(args.data, name),
@@ -287,24 +291,57 @@ def run_evaluate(args: argparse.Namespace) -> Document | None:
         rows = ranks.gather(rows)
         if ranks.rank > 0:
             return None
-    reference = Method.parse(args.reference or methods[-1].name).name
     document = {
         "command": "evaluate",
         "out": str(args.out),
         "report": None,
-        **summary(rows, reference),
+        **summary(rows, reference.name),
     }
     if args.report is not None:
         from .figures import write_report
 
-        document["report"] = str(write_report(rows, reference, args.report))
+        costs = {name: profile(network) for name, network in networks.items()}
+        document["report"] = str(write_report(rows, reference.name, args.report, costs))
     return document
+
+
+def run_report(args: argparse.Namespace) -> Document:
+    """`tinytrain report`: a page of the rows of evaluations; runs no task."""
+    from .evaluate import digest_of, merged_rows
+
+    _need_matplotlib()
+    networks = _named_networks(args.network)
+    rows = merged_rows(args.rows)
+    digests = {row["network"]: row["digest"] for row in rows}
+    for name, network in networks.items():
+        if digests.get(name) != digest_of(network):
+            raise InputError(
+                f"--network: {name}: expected the weights of rows of that name; there are rows of "
+                f"{', '.join(digests)}"
+            )
+    from .figures import write_report
+
+    costs = {name: profile(network) for name, network in networks.items()}
+    return {
+        "command": "report",
+        "rows": len(rows),
+        "networks": list(digests),
+        "report": str(write_report(rows, args.reference, args.out, costs)),
+    }
+
+
+def _named_networks(paths: Sequence[Path | None]) -> dict[str, Network]:
+    """Networks as rows name them: by their file, without its ending."""
+    networks = {"embedded" if path is None else path.stem: _network(path) for path in paths}
+    if len(networks) < len(paths):
+        raise InputError("--network: expected files of different names; rows are known by them")
+    return networks
 
 
 def _need_matplotlib() -> None:
     """Before hours of work, not after them."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--report needs matplotlib: pip install 'tinytrain_ext[plot]'")
+        raise InputError("the report needs matplotlib: pip install 'tinytrain_ext[plot]'")
 
 
 def run_bench(args: argparse.Namespace) -> Document:
@@ -561,19 +598,28 @@ def _reset_peak_resident() -> None:
 
 
 class ProgressBar:
-    """A bar on stderr, one line a phase; call it with (phase, done, total)."""
+    """A bar on stderr, one line a phase; call it with (phase, done, total).
+
+    A phase that takes a while shows the time left, at the mean pace since it began.
+    """
 
     WIDTH = 30
     SECONDS_BETWEEN = 0.1
+    SECONDS_OF_PACE = 3.0  # a shorter time says little of the pace
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
         self._phase = ""
         self._open = False
         self._next = 0.0
+        self._began: dict[str, tuple[float, int]] = {}  # time and `done` of the first call
+        self._done: dict[str, int] = {}
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         now = time.monotonic()
+        if done < self._done.get(phase, done + 1):  # once more from the start
+            self._began[phase] = now, done
+        self._done[phase] = done
         soon = now < self._next and phase == self._phase and done < total
         if not self._enabled or soon:
             return
@@ -581,9 +627,21 @@ class ProgressBar:
         filled = self.WIDTH * done // max(total, 1)
         bar = "#" * filled + "." * (self.WIDTH - filled)
         end = "\n" if done >= total else ""
-        sys.stderr.write(f"\r{phase:<12} [{bar}] {done}/{total}{end}")
+        sys.stderr.write(f"\r{phase:<12} [{bar}] {done}/{total}{self._left(now, total):<18}{end}")
         sys.stderr.flush()
         self._open = done < total
+
+    def _left(self, now: float, total: int) -> str:
+        """The time left of the current phase, or nothing while that cannot be known."""
+        began, first = self._began[self._phase]
+        done, elapsed = self._done[self._phase], now - began
+        if elapsed < self.SECONDS_OF_PACE or not first < done < total:
+            return ""
+        seconds = elapsed / (done - first) * (total - done)
+        hours, minutes = divmod(math.ceil(seconds / 60), 60)
+        if hours:
+            return f", {hours} h {minutes:02} min left"
+        return f", {minutes} min left" if seconds > 60 else f", {math.ceil(seconds)} s left"
 
     def phase(self, name: str) -> Callable[[int, int], None]:
         """The bar as a callback of (done, total)."""
@@ -720,6 +778,13 @@ def _parser() -> argparse.ArgumentParser:
             Command(run_evaluate, report.evaluation),
         )
     )
+    _add_report_arguments(
+        add(
+            "report",
+            "Make a page of tables and figures from the rows of evaluations.",
+            Command(run_report, report.reported),
+        )
+    )
     add_pretrain_arguments(
         add(
             "pre-train",
@@ -817,6 +882,30 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache", type=Path, metavar="DIR", help="decoded images (default: ~/.cache/tinytrain_ext)"
     )
     _add_threads(parser)
+
+
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "rows", type=Path, nargs="+", metavar="DIR", help="folders that `tinytrain evaluate` wrote"
+    )
+    parser.add_argument(
+        "--network",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="the networks of the rows, for what only they tell: kinds, sizes and MACs of layers, "
+        "FullTrain's memory at batch 100",
+    )
+    parser.add_argument(
+        "--reference",
+        default="tinytrain",
+        metavar="METHOD",
+        help="the method that others are compared with (default: tinytrain)",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the page to write"
+    )
 
 
 def _add_bench(commands: Any) -> None:

@@ -26,6 +26,7 @@ from .adapt import adapt, inspect
 from .cost import Profile, inspected_layers, profile
 from .datasets import ImageSet, cached_images
 from .episodes import MAX_SUPPORT, VariousEpisodes, mean_and_interval
+from .errors import BudgetExceeded
 from .fisher import fisher_pass
 from .network import Network
 from .protonet import cosine_logits
@@ -52,6 +53,7 @@ __all__ = [
     "Rows",
     "Task",
     "evaluate",
+    "merged_rows",
     "summary",
 ]
 
@@ -298,6 +300,28 @@ def read_rows(folder: Path) -> Iterator[Row]:
 _KEY = ("network", "domain", "task", "method", "seed", "protocol", "largest_support", "views")
 
 
+def merged_rows(folders: Iterable[Path]) -> list[Row]:
+    """The rows of several folders, sorted, each once.
+
+    Raises ValueError for a folder without rows, and where rows under one network's name are of
+    different weights.
+    """
+    found: dict[tuple[Any, ...], Row] = {}
+    digests: dict[str, str] = {}
+    for folder in folders:
+        rows = list(read_rows(folder))
+        if not rows:
+            raise ValueError(f"{folder}: expected rows-*.jsonl, as `tinytrain evaluate` writes")
+        for row in rows:
+            if digests.setdefault(row["network"], row["digest"]) != row["digest"]:
+                raise ValueError(
+                    f"{folder}: network {row['network']!r} has other weights here than in rows "
+                    "read before"
+                )
+            found.setdefault(key_of(row), row)
+    return sorted(found.values(), key=key_of)
+
+
 def key_of(row: Row) -> tuple[Any, ...]:
     """What makes a row that row; results are sorted by it."""
     return tuple(row[name] for name in _KEY)
@@ -325,11 +349,12 @@ def evaluate(
     (`cached_images`); progress: called with (phase, done, total).
     Returns this process's rows, sorted; they do not depend on threads or processes, but for times.
 
-    Raises ValueError where `rows` holds results of other weights under a network's name, OSError
-    and ImageError for images that cannot be read.
+    Raises ValueError where `rows` holds results of other weights under a network's name,
+    BudgetExceeded naming the method whose budget cannot be met, OSError and ImageError for images
+    that cannot be read.
     """
     report = progress or (lambda phase, done, total: None)
-    digests = {name: _digest(network) for name, network in networks.items()}
+    digests = {name: digest_of(network) for name, network in networks.items()}
     done: dict[tuple[Any, ...], Row] = {}
     for row in rows.found:
         if row["network"] in digests and row["digest"] != digests[row["network"]]:
@@ -347,7 +372,6 @@ def evaluate(
     ]
     found: list[Row] = []
     for count, (domain, number) in enumerate(units):
-        report("tasks", count, len(units))
         for name, network in networks.items():
             task = None
             for method in methods:
@@ -362,6 +386,7 @@ def evaluate(
                 known = done.get(key_of(place))
                 if known is None:
                     if task is None:
+                        report("tasks", count, len(units))
                         images = cached_images(
                             domain.image_set.paths,
                             network.resize,
@@ -370,7 +395,14 @@ def evaluate(
                             lambda done, total: report("decoding", done, total),
                         )
                         task = domain.task(number, images)
-                    outcome = run_task(network, costs[name], method, task, views, threads)
+                    try:
+                        outcome = run_task(network, costs[name], method, task, views, threads)
+                    except BudgetExceeded as error:
+                        raise BudgetExceeded(
+                            f"network {name!r}, method {method.name!r}: {error}",
+                            needed_bytes=error.needed_bytes,
+                            needed_compute=error.needed_compute,
+                        ) from error
                     known = {**place, "digest": digests[name], **outcome}
                     rows.add(known)
                 found.append(known)
@@ -520,7 +552,8 @@ def _limit(network: Network, costs: Profile, method: Method) -> int | None:
     return budget.memory_bytes if budget.accounting == "planner" else None
 
 
-def _digest(network: Network) -> str:
+def digest_of(network: Network) -> str:
+    """Stands for a network's weights in its rows."""
     sums = hashlib.sha256()
     for array in (*network.weights, *network.biases):
         sums.update(np.ascontiguousarray(array).tobytes())

@@ -15,6 +15,7 @@ __all__ = [
     "imported",
     "percent_text",
     "profile",
+    "reported",
     "size_text",
 ]
 
@@ -171,6 +172,11 @@ def evaluation(found: Document) -> str:
     if found["report"]:
         lines.append(f"report       {found['report']}")
     return "\n".join(lines)
+
+
+def reported(found: Document) -> str:
+    """The document of `report` for people."""
+    return f"{found['report']}: {found['rows']:,} rows of {', '.join(found['networks'])}"
 
 
 def _mean_text(cell: Document | None) -> str:
