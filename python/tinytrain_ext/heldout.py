@@ -147,10 +147,10 @@ def _parts(
             half = len(channels) // 2
             waiting += [(layer, channels[:half]), (layer, channels[half:])]
         else:
+            smallest = max(needed(UpdatePolicy({layer: (0,)})) for layer in layers)
             raise BudgetExceeded(
-                f"held-out gain: layer {layer} needs at least {needed(alone)} bytes, "
-                f"got {memory_bytes}",
-                needed_bytes=needed(alone),
+                f"held-out gain: expected at least {smallest} bytes, got {memory_bytes}",
+                needed_bytes=smallest,
             )
     return parts
 
