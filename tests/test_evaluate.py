@@ -343,7 +343,6 @@ def test_none_and_full_train_are_the_limits(every_row: dict[str, Row]) -> None:
     assert full["updated_weights"] == costs.weights
     assert full["backward_macs"] == costs.full_train_macs
     assert full["updated_biases"] == sum(layer.out_channels for layer in costs.layers)
-    assert len(full["layers"]) == len(costs.layers)
     for row in every_row.values():
         for what in ("updated_weights", "backward_macs", "planner_bytes"):
             assert none[what] <= row[what] <= full[what]
@@ -354,9 +353,11 @@ def test_rows_tell_what_a_method_trained(every_row: dict[str, Row]) -> None:
         found = every_row[name]["layers"].items()
         return {layer: (axis, channels_of(mask)) for layer, (axis, mask) in found}
 
-    assert list(layers("lastlayer")) == ["41"]
-    assert set(layers("sparseupdate")) == {"21", "24", "27", "30", "36", "39"}
-    assert {axis for axis, _ in layers("sparseupdate").values()} >= {"in"}
+    # Fixed policies are known by their names, and would be most of a file of rows.
+    for name in ("lastlayer", "sparseupdate", "fulltrain"):
+        assert every_row[name]["layers"] == {}
+    assert every_row["lastlayer"]["updated_weights"] == 92_160
+    assert every_row["sparseupdate"]["updated_weights"] == 52_480
     assert list(layers("layer:index=-2,ratio=0.25")) == ["40"]
     ours, random = (layers(f"tinytrain:channels={rule},ratio=0.25") for rule in ("l2", "random"))
     assert ours.keys() == random.keys()  # the same layers, as many channels, but others

@@ -459,6 +459,7 @@ def run_task(
         "layers": {
             str(layer): [update.axis, _mask(update.channels)]
             for layer, update in policy.layers.items()
+            if method.kind in ("tinytrain", "layer")  # what depends on the task; others are known
         },
         "first_bias": min(policy.biases, default=None),
         "final_loss": result.history[-1].loss if result.history else None,

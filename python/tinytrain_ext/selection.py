@@ -294,7 +294,7 @@ def _fill(
     best: tuple[float, _Layers] = (-1.0, {})
     refused: list[UpdatePolicy] = []
     for first in sorted(gains, reverse=True):
-        # Its best channel is always in, or it would not be the reach; others if they promise
+        # Its best channel is always in, or it would not be the reach; others where they promise.
         own = order[layers[order] == first][0]
         others = order[(layers[order] >= first) & (values[order] > 0) & (order != own)]
         behind = np.concatenate([[own], others])
