@@ -171,7 +171,7 @@ def test_various_episodes_have_the_sizes_of_table_4(data_dir: Path, name: str) -
         homes = np.repeat(np.repeat(np.arange(20), characters), 20)
     else:
         sizes, homes = list(spec["images_per_class"].values()), None
-    episodes = drawn(np.repeat(np.arange(len(sizes)), sizes), 300, superclasses=homes)
+    episodes = drawn(np.repeat(np.arange(len(sizes)), sizes), 200, superclasses=homes)
     found = {
         "ways": [episode.ways for episode in episodes],
         "support": [len(episode.support) for episode in episodes],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -62,6 +63,8 @@ _MEBI = 1 << 20
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _DEFAULT_RATIO = 0.5
 _WIDTH = 4.2  # inches: drawings are as wide as a phone, and grow
+_LONGEST_LINE = 22  # characters of a label
+_MOST_CIRCLES = 9
 _MOST_POINTS = 900.0  # area of the largest circle, in square points
 _PIXELS_OF_DOMAIN = 8  # height of a domain's strip in the drawing of channels
 
@@ -264,6 +267,8 @@ def _accuracy_and_macs(report: _Report) -> list[str]:
         names = [name for name in group.methods() if _parsed(name).kind != "none"]
         if len({_parsed(name).kind for name in names}) < 2:
             continue
+        if len(names) > _MOST_CIRCLES:
+            names = [name for name in names if ":" not in name or name == report.reference]
         drawing, axes = _drawing(_WIDTH, 3.5)
         bytes_of = {name: group.mean(name, "paper_bytes") for name in names}
         scale = _MOST_POINTS / max(*bytes_of.values(), 8 * _MEBI)
@@ -366,7 +371,7 @@ def _accuracy_table(
 def _differences(report: _Report, group: _Group, cells: Mapping[tuple[str, str], Row]) -> str:
     """Paired differences of all domains together, and of each as a small mark."""
     methods = [name for name in group.methods() if (name, "all") in cells][::-1]
-    drawing, axes = _drawing(_WIDTH, 0.75 + 0.36 * len(methods))
+    drawing, axes = _drawing(_WIDTH, 0.75 + 0.4 * len(methods))
     axes.axvline(0, color=_COLOUR["ink"], lw=1)
     for height, method in enumerate(methods):
         colour = _colour(method)
@@ -383,7 +388,8 @@ def _differences(report: _Report, group: _Group, cells: Mapping[tuple[str, str],
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
     axes.set_ylim(-0.6, len(methods) - 0.4)
-    axes.set_xlabel(f"points above or below {_plain(report.reference)}")
+    reference = _TITLES[_parsed(report.reference).kind]
+    axes.set_xlabel(f"points above or below {reference}", loc="right")
     return report.figure(group, "differences", drawing, "paired differences with intervals")
 
 
@@ -445,17 +451,18 @@ def _single_layers(report: _Report) -> list[str]:
             layers = {int(layer) for row in group.cells[name].values() for layer in row["layers"]}
             share = method.options.get("ratio", _DEFAULT_RATIO)
             gain, interval = mean_and_interval(gains)
-            at = points.setdefault(share, {}).setdefault(layers.pop(), {})
+            (layer,) = layers
+            at = points.setdefault(share, {}).setdefault(layer, {})
             at |= {"gain": gain, "interval": interval}
-            at["weights"] = gain / group.mean(name, "updated_weights") * 1e3
+            trained = group.mean(name, "updated_weights")
+            at["weights"] = gain / trained * 1e3
             at["macs"] = gain / group.mean(name, "backward_macs") * 1e6
+            if costs is not None:
+                row = costs.layers[layer]
+                at["own"] = gain / (row.macs * trained / row.weights) * 1e6
         if not points:
             continue
         layers_shown = sorted({layer for of in points.values() for layer in of})
-        if costs is not None:
-            for share, of in points.items():
-                for layer, at in of.items():
-                    at["own"] = at["gain"] / (share * costs.layers[layer].macs) * 1e6
         panels = {
             "gain": "gain over None, points",
             "weights": "gain per 1,000 weights trained",
@@ -598,7 +605,7 @@ def _meta_training(report: _Report) -> list[str]:
         shown = [name for name in group.methods() if differences[name]]
         if not shown:
             continue
-        drawing, axes = _drawing(_WIDTH, 0.95 + 0.36 * len(shown))
+        drawing, axes = _drawing(_WIDTH, 0.95 + 0.4 * len(shown))
         for height, name in enumerate(reversed(shown)):
             before, after = fmean(group.accuracies(name)), fmean(trained.accuracies(name))
             colour = _colour(name)
@@ -638,7 +645,7 @@ def _latency(report: _Report) -> list[str]:
         methods = [name for name in group.methods() if _parsed(name).kind != "none"]
         if not methods:
             continue
-        drawing, axes = _drawing(_WIDTH, 0.95 + 0.36 * len(methods))
+        drawing, axes = _drawing(_WIDTH, 0.95 + 0.4 * len(methods))
         body = []
         total_of_reference = (
             group.mean(report.reference, "seconds") if report.reference in methods else None
@@ -673,7 +680,7 @@ def _latency(report: _Report) -> list[str]:
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.14)
-        axes.set_xlabel("seconds a task (purple: selection)")
+        axes.set_xlabel("seconds a task (purple: selection)", loc="right")
         figures.append(report.figure(group, "latency", drawing, "seconds of a task"))
         head = ["method", "selection, s", "run, s", "total, s", "ratio", "selection's share"]
         head += ["CPU time, s", "run, ms a support image", "support images"]
@@ -745,7 +752,8 @@ def _selection(report: _Report, group: _Group, name: str, suffix: str) -> list[s
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.set_xlabel("layer")
-    title = f"<h3>{escape(group.label)}: {_name(name).replace('small>', 'span>')}</h3>"
+    method = escape(_plain(name).replace("\n", ", "))
+    title = f"<h3>{escape(group.label)}: {method}</h3>"
     description = "which layers were selected on which domain, and how many channels"
     layers_figure = report.figure(group, f"layers{suffix}", drawing, description, wide=True)
     strips = _draw_channels(masks, members)
@@ -847,7 +855,8 @@ _VIEWS = (
         "Accuracy against compute",
         "Figure 1",
         "Up and to the left is better. A circle's area is the memory of training with it, by the "
-        "paper's formula at batch 1. Means over all tasks; bars are 95 % intervals.",
+        "paper's formula at batch 1. Means over all tasks; bars are 95 % intervals. Of more than "
+        f"{_MOST_CIRCLES} methods, those without options and the reference.",
         "needs rows of two kinds of methods that train.",
         _accuracy_and_macs,
     ),
@@ -1052,8 +1061,9 @@ def _options(name: str) -> Iterator[str]:
 
 
 def _plain(name: str) -> str:
-    """A method's name for drawings: options on a line of their own."""
-    return "\n".join([_TITLES[_parsed(name).kind], *([", ".join(_options(name))] * (":" in name))])
+    """A method's name for drawings: options on lines of their own."""
+    options = textwrap.wrap(", ".join(_options(name)), _LONGEST_LINE, break_long_words=False)
+    return "\n".join([_TITLES[_parsed(name).kind], *options])
 
 
 def _name(name: str) -> str:
