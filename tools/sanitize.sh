@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the C++ tests and the Python tests of the core under AddressSanitizer and UndefinedBehaviorSanitizer; any finding fails.
 # Needs GCC, cmake, ninja, and a Python ($PYTHON, default python3) with the package's test extra. Builds in $BUILD, default
-# build/sanitize. Arguments go to pytest.
+# build/sanitize. Arguments go to pytest, which runs twice (-k must leave tests in both halves).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v "${PYTHON:-python3}")
@@ -27,6 +27,13 @@ cp "$build"/_core*.so "$package/"
 
 # The interpreter and torch leak by design; only faults count here.
 export ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 PYTHONPATH=$build/package
-LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
-  "$python" -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_session.py tests/test_plan.py \
-  tests/test_fisher.py tests/test_adapt.py "$@"
+preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
+tests=(env "LD_PRELOAD=$preload" "$python" -m pytest -q -p no:cacheprovider "$@")
+# Two processes, for two cores.
+"${tests[@]}" tests/test_kernels.py > "$build/kernels.log" 2>&1 &
+kernels=$!
+passed=true
+"${tests[@]}" tests/test_session.py tests/test_plan.py tests/test_fisher.py tests/test_adapt.py || passed=false
+wait "$kernels" || passed=false
+cat "$build/kernels.log"
+$passed

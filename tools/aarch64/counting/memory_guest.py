@@ -2,13 +2,14 @@
 adapt` of 25 photos; or torch.
 
 Arguments: folder (of photos: 25 JPEGs below five class folders, as job_guest.py leaves them),
-"adapt" or "torch". The high-water mark is the largest of samples taken in the process itself, at
-every step of progress and every 50 ms.
+"adapt" (and options of it) or "torch". The high-water mark is the largest of samples that a thread
+of the process itself takes all the time, as often as leaves most of the time to the work.
 """
 
 import json
 import sys
 import threading
+import time
 from pathlib import Path
 
 from memory import resident_bytes  # type: ignore[import-not-found]
@@ -29,8 +30,11 @@ else:
 
     def watch() -> None:
         global high
-        while not finished.wait(0.05):
+        pause = 0.05
+        while not finished.wait(pause):
+            start = time.thread_time()
             high = max(high, resident_bytes())
+            pause = max(pause, 4 * (time.thread_time() - start))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -42,6 +46,7 @@ else:
             "--out",
             str(folder / "adapted.safetensors"),
             "--json",
+            *sys.argv[3:],
         ]
     )
     finished.set()
