@@ -101,12 +101,6 @@ void Convolution<T>::pack(const float* weight) {
   }
 }
 
-// Kernel rows keep their order (taps name them); columns turn round, so that the product slides forwards over grad_output.
-template <class T>
-int64_t Convolution<T>::backward_row(int ky, int kx, int out) const {
-  return static_cast<int64_t>(ky * op_.kernel + op_.kernel - 1 - kx) * out_.channels + out;
-}
-
 template <class T>
 int64_t Convolution<T>::resident_bytes() const {
   return forward_.bytes() + backward_.bytes() + forward_bytes_.bytes() + backward_bytes_.bytes() + scales_.bytes() +

@@ -96,7 +96,10 @@ class Convolution {
 
  private:
   void pack(const float* weight);
-  int64_t backward_row(int ky, int kx, int out) const;
+  // Kernel rows keep their order (taps name them); columns turn round, so that the product slides forwards over grad_output.
+  int64_t backward_row(int ky, int kx, int out) const {
+    return static_cast<int64_t>(ky * op_.kernel + op_.kernel - 1 - kx) * out_.channels + out;
+  }
   void load_row(const T* tensor, const ImageSource<T>* image, Shape shape, int y, int spread, T* out, int before, int after) const;
   void product(Gemm<T>& g, bool forward, T* expanded) const;
   void insert_trained(T* panel, bool forward, int first) const;
@@ -155,6 +158,7 @@ void Convolution<T>::update_weights(const LayerUpdate& update, F&& step) {
       const PackedColumn<T> weights =
           op_.depthwise ? PackedColumn<T>{depthwise_.data() + tap * depthwise_row_, 1, 0} : forward_.column(o);
       const int64_t first = op_.depthwise ? 0 : static_cast<int64_t>(tap) * in_.channels;
+      const int64_t row = backward_row(ky, kx, o);
       T run[kRun];
       for (int c = 0, count; c < ins; c += count, offset += count) {
         count = ins - c < kRun ? ins - c : kRun;
@@ -162,7 +166,7 @@ void Convolution<T>::update_weights(const LayerUpdate& update, F&& step) {
         for (int i = 0; i < count; ++i) run[i] = weights[first + at(i)];
         step(run, offset, static_cast<int64_t>(count));
         for (int i = 0; i < count; ++i) weights[first + at(i)] = run[i];
-        for (int i = 0; backward_ && i < count; ++i) backward_.at(backward_row(ky, kx, o), at(i)) = run[i];
+        for (int i = 0; backward_ && i < count; ++i) backward_.at(row, at(i)) = run[i];
       }
     }
   }

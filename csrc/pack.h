@@ -42,7 +42,8 @@ struct PackedColumn {
   T* values;
   int64_t step;
   int pair;  // 1: rows 2 i and 2 i + 1 lie side by side, pairs `step` apart
-  T& operator[](int64_t row) const { return values[(row >> pair) * step + (row & pair)]; }
+  // A branch, which loops take out: updates of scattered weights are little else.
+  T& operator[](int64_t row) const { return pair == 0 ? values[row * step] : values[row / 2 * step + row % 2]; }
 };
 
 // How a kernel wants its matrix.
@@ -83,7 +84,9 @@ class PackedMatrix {
   PackedColumn<T> column(int column) {
     return {values_.data() + offsets_[column], static_cast<int64_t>(widths_[column]) << paired(column), paired(column)};
   }
-  T& at(int64_t row, int column) { return this->column(column)[row]; }
+  T& at(int64_t row, int column) {
+    return paired(column) ? this->column(column)[row] : values_.data()[offsets_[column] + row * widths_[column]];
+  }
   T at(int64_t row, int column) const { return const_cast<PackedMatrix*>(this)->at(row, column); }
   // The values of a row from `column` to its panel's end: how many, and how far apart.
   T* run(int64_t row, int column, int* count, int* stride) {

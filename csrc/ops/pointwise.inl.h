@@ -133,10 +133,13 @@ void expand_panel(const ExpandPanel<T>& e) {
   const int8_t* bytes = e.bytes;
   T* out = e.out;
   if (e.paired) {
-    for (int64_t i = 0; i < e.rows * e.width; ++i) {
-      const int64_t row = i / (2 * e.width) * 2 + i % 2;
-      const float scale = e.scales[e.scaled_rows > 0 ? row % e.scaled_rows : i / 2 % e.width];
-      out[i] = static_cast<T>(scale * static_cast<float>(bytes[i]));
+    for (int64_t row = 0; row < e.rows; row += 2, bytes += 2 * e.width, out += 2 * e.width) {
+      const float even = e.scaled_rows > 0 ? e.scales[row % e.scaled_rows] : 0;
+      const float odd = e.scaled_rows > 0 ? e.scales[(row + 1) % e.scaled_rows] : 0;
+      for (int i = 0; i < e.width; ++i) {
+        out[2 * i] = static_cast<T>((e.scaled_rows > 0 ? even : e.scales[i]) * static_cast<float>(bytes[2 * i]));
+        out[2 * i + 1] = static_cast<T>((e.scaled_rows > 0 ? odd : e.scales[i]) * static_cast<float>(bytes[2 * i + 1]));
+      }
     }
     return;
   }
