@@ -19,6 +19,11 @@ private_apt() {
     -o Dir::Etc::SourceList="$state/sources.list" -o Dir::Etc::SourceParts="$state/empty" \
     -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts="$state/empty" "$@"
 }
+# As every Debian has them; from trixie on they are in no package that is unpacked here.
+for folder in bin lib sbin; do
+  mkdir -p "$root/usr/$folder"
+  ln -sfn "usr/$folder" "$root/$folder"
+done
 private_apt update
 private_apt --yes --download-only install "$@"
 for package in "$state"/archives/*.deb; do
