@@ -19,9 +19,9 @@ enum class Activation : int { kNone = 0, kRelu = 1, kRelu6 = 2 };
 // A ReLU's derivative, one bit an element: bit (c % 8) of byte mask[pixel * mask_bytes(C) + c / 8].
 constexpr int mask_bytes(int channels) { return (channels + 7) / 8; }
 
-// What happens to a sum before it is stored, in this order; null pointers skip a step. Used by forward and backward alike.
-//   v += bias[c] (behind the sum or before its first product);  v += addend[pixel, c];  mask_out[pixel, c] = (0 < v [< 6]);  v = activation(v);
-//   v = mask_in[pixel, c] ? v : 0;  fisher[c] += values[pixel, c] * v;  out[pixel, c] = v
+// What happens to a sum, in this order; null pointers skip a step. Used by forward and backward alike.
+//   v += bias[c] (before its first product, where pairs of rows allow);  v += addend[pixel, c];  mask_out[pixel, c] = (0 < v [< 6]);
+//   v = activation(v);  v = mask_in[pixel, c] ? v : 0;  fisher[c] += values[pixel, c] * v;  out[pixel, c] = v
 template <class T>
 struct Epilogue {
   T* out;  // (pixels, C), rows `out_stride` apart; may equal addend

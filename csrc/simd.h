@@ -31,6 +31,13 @@ TT_INLINE void unroll(F&& body) {
 #define TT_EACH [&](auto i) __attribute__((always_inline))
 #define TT_EACH_J [&](auto j) __attribute__((always_inline))
 
+#if !defined(TT_NEON)
+template <class P>
+TT_INLINE P* row_of(P* first, int i, int64_t by) {
+  return first + i * by;
+}
+#endif
+
 #if defined(TT_SCALAR)
 
 using V = T;
@@ -71,6 +78,16 @@ TT_INLINE V load_two(const T* p) { return (V)vcombine_f32(vld1_f32(p), vdup_n_f3
 // A whole vector by two 64-bit loads.
 TT_INLINE V load_halves(const T* p) {
   return (V)vld1q_lane_f64(reinterpret_cast<const double*>(p + 2), (float64x2_t)load_two(p), 1);
+}
+// Row i of rows `by` apart, where they are asked for in order. GCC would compute the addresses of all rows of a tile ahead, more than
+// there are registers.
+template <class P>
+TT_INLINE P* row_of(P*& row, int i, int64_t by) {
+  if (i > 0) {
+    row += by;
+    asm("" : "+r"(row));
+  }
+  return row;
 }
 // sum += v * x[lane], one instruction.
 template <int kLane>
@@ -212,10 +229,19 @@ TT_INLINE V keep_masked(V v, const uint8_t* mask, int channel, int) {
   return (V)vandq_u32((uint32x4_t)v, vtstq_u32(vreinterpretq_u32_u8(vld1q_dup_u8(mask + channel / 8)), lane));
 }
 
+// P pixels of eight channels where the bits of their bytes, `stride` apart, are set: half of the loads it takes vector by vector.
+template <int P>
+TT_INLINE void keep_masked_bytes(V (&v)[P][2], const uint8_t* mask, int64_t stride) {
+  const uint32x4_t lanes[2] = {{1, 2, 4, 8}, {16, 32, 64, 128}};
+  uint32x4_t bytes[P];
+  unroll<P>(TT_EACH { bytes[i] = vreinterpretq_u32_u8(vld1q_dup_u8(row_of(mask, i, stride))); });
+  unroll<2 * P>(TT_EACH { v[i / 2][i % 2] = (V)vandq_u32((uint32x4_t)v[i / 2][i % 2], vtstq_u32(bytes[i / 2], lanes[i % 2])); });
+}
+
 // The mask bytes of ReLU6 for P pixels of eight channels, `stride` bytes apart: as many instructions as outputs, half of what it
 // takes pixel by pixel.
 template <int P>
-TT_INLINE void store_relu6_bytes(const V (&v)[P][2], uint8_t* mask, int stride) {
+TT_INLINE void store_relu6_bytes(const V (&v)[P][2], uint8_t* mask, int64_t stride) {
   // 0 < v < 6 by one comparison: as integers positive floats are in order, and 0 - 1 and negative floats behind all others.
   const uint32x4_t one = vdupq_n_u32(1), six = vdupq_n_u32(0x40C00000 - 1);
   uint16x8_t wide[P];
@@ -234,7 +260,7 @@ TT_INLINE void store_relu6_bytes(const V (&v)[P][2], uint8_t* mask, int stride) 
   sums[1] = vpaddq_u8(sums[2], sums[3]);
   sums[0] = vpaddq_u8(sums[0], sums[1]);
   sums[0] = vpaddq_u8(sums[0], sums[0]);
-  unroll<P>(TT_EACH { vst1q_lane_u8(mask + i * stride, sums[0], i.value); });
+  unroll<P>(TT_EACH { vst1q_lane_u8(row_of(mask, i, stride), sums[0], i.value); });
 }
 #else
 TT_INLINE V keep_masked(V v, const uint8_t* mask, int channel, int channels) { return keep(v, load_bits(mask, channel, channels)); }

@@ -13,10 +13,11 @@ namespace {
 
 template <>
 bool depthwise_forward<TT_KERNEL>(const Depthwise<T>& d) {
-#if defined(TT_NEON) && TT_KERNEL == 3
-  if (depthwise_rolling<false>(d)) return true;
-#endif
+#if defined(TT_NEON)
+  return depthwise_passes<TT_KERNEL, false>(d);
+#else
   return depthwise_rows<TT_KERNEL, false>(d);
+#endif
 }
 
 }  // namespace tinytrain::TT_ISA

@@ -62,7 +62,7 @@ TT_INLINE void depthwise_gather(const T* input, int64_t C, Lanes lanes, const V 
 }
 
 // A tile of one vector of channels; w: the R x K weights if the rows are all K of them (inside the image), else null.
-template <int K, int S, bool kTransposed, int P, bool kLeft, bool kRight, class Lanes>
+template <int K, int S, bool kTransposed, Ending kEnding, int P, bool kLeft, bool kRight, class Lanes>
 TT_INLINE void depthwise_tile(const Depthwise<T>& d, int x, int c, Lanes lanes, const V (*w)[K], int64_t weight_row) {
   const int64_t C = d.channels;
   const int64_t first = (kTransposed ? x / S : x * S) * C + c;
@@ -79,64 +79,64 @@ TT_INLINE void depthwise_tile(const Depthwise<T>& d, int x, int c, Lanes lanes, 
       depthwise_gather<K, S, kTransposed, P, kLeft, kRight>(d.rows[r] + first, C, lanes, row, acc);
     }
   }
-  finish_sums<P, 1>(d.epilogue, acc, x, c, d.channels);
+  finish_sums<P, 1, kEnding>(d.epilogue, acc, x, c, d.channels);
 }
 
-template <int K, int S, bool kTransposed, int P, class Lanes>
+template <int K, int S, bool kTransposed, Ending kEnding, int P, class Lanes>
 TT_INLINE void depthwise_tiles(const Depthwise<T>& d, int c, Lanes lanes, const V (*w)[K], int64_t weight_row) {
   if (d.width_out == P) {
-    depthwise_tile<K, S, kTransposed, P, true, true>(d, 0, c, lanes, w, weight_row);
+    depthwise_tile<K, S, kTransposed, kEnding, P, true, true>(d, 0, c, lanes, w, weight_row);
     return;
   }
-  depthwise_tile<K, S, kTransposed, P, true, false>(d, 0, c, lanes, w, weight_row);
+  depthwise_tile<K, S, kTransposed, kEnding, P, true, false>(d, 0, c, lanes, w, weight_row);
   int x = P;
-  for (; x + P < d.width_out; x += P) depthwise_tile<K, S, kTransposed, P, false, false>(d, x, c, lanes, w, weight_row);
-  depthwise_tile<K, S, kTransposed, P, false, true>(d, x, c, lanes, w, weight_row);
+  for (; x + P < d.width_out; x += P) depthwise_tile<K, S, kTransposed, kEnding, P, false, false>(d, x, c, lanes, w, weight_row);
+  depthwise_tile<K, S, kTransposed, kEnding, P, false, true>(d, x, c, lanes, w, weight_row);
 }
 
 // Rows in the image's middle meet all K kernel rows, in order (turned round if transposed): the weights are loaded once for the
 // whole row of pixels.
-template <int K, int S, bool kTransposed, int P, class Lanes>
+template <int K, int S, bool kTransposed, Ending kEnding, int P, class Lanes>
 void depthwise_vector(const Depthwise<T>& d, int c, Lanes lanes) {
   const int64_t weight_row = (d.channels + kLanes - 1) / kLanes * kLanes;
   if (K == 3 && d.row_count == K) {
     V w[K][K];
     unroll<K * K>(TT_EACH { w[i / K][i % K] = load(d.weights + (d.taps[i / K] * K + i % K) * weight_row + c); });
-    depthwise_tiles<K, S, kTransposed, P>(d, c, lanes, w, weight_row);
+    depthwise_tiles<K, S, kTransposed, kEnding, P>(d, c, lanes, w, weight_row);
   } else {
-    depthwise_tiles<K, S, kTransposed, P>(d, c, lanes, nullptr, weight_row);
+    depthwise_tiles<K, S, kTransposed, kEnding, P>(d, c, lanes, nullptr, weight_row);
   }
 }
 
-template <int K, int S, bool kTransposed, int P>
+template <int K, int S, bool kTransposed, Ending kEnding, int P>
 void depthwise_vectors(const Depthwise<T>& d) {
   for (int c = 0; c < d.channels; c += kLanes) {
     if (kSplitsParts<K> && c + kLanes <= d.channels) {
-      depthwise_vector<K, S, kTransposed, P>(d, c, Whole{});
+      depthwise_vector<K, S, kTransposed, kEnding, P>(d, c, Whole{});
     } else {
-      depthwise_vector<K, S, kTransposed, P>(d, c, part_of(d.channels - c));
+      depthwise_vector<K, S, kTransposed, kEnding, P>(d, c, part_of(d.channels - c));
     }
   }
 }
 
-template <int K, int S, bool kTransposed>
+template <int K, int S, bool kTransposed, Ending kEnding>
 bool depthwise_row(const Depthwise<T>& d) {
   const bool regular = kTransposed ? d.width_out == d.width_in * S : d.width_in == d.width_out * S;
   if (!regular || d.padding != (K - 1) / 2 || (!kLoadsParts && d.channels % kLanes != 0)) return false;
   if (d.width_out % 8 == 0) {
-    depthwise_vectors<K, S, kTransposed, 8>(d);
+    depthwise_vectors<K, S, kTransposed, kEnding, 8>(d);
   } else if (d.width_out % 4 == 0) {
-    depthwise_vectors<K, S, kTransposed, 4>(d);
+    depthwise_vectors<K, S, kTransposed, kEnding, 4>(d);
   } else {
     return false;
   }
   return true;
 }
 
-template <int K, bool kTransposed>
+template <int K, bool kTransposed, Ending kEnding = Ending::kAny>
 bool depthwise_rows(const Depthwise<T>& d) {
-  if (d.stride == 1) return depthwise_row<K, 1, kTransposed>(d);
-  if (d.stride == 2) return depthwise_row<K, 2, kTransposed>(d);
+  if (d.stride == 1) return depthwise_row<K, 1, kTransposed, kEnding>(d);
+  if (d.stride == 2) return depthwise_row<K, 2, kTransposed, kEnding>(d);
   return false;
 }
 

@@ -5,107 +5,94 @@
 //
 // The order of reduction is (column, row) here. Which outputs come here depends on the layer and the row only.
 
-enum class Ending { kFrozen, kSaving, kGradient, kFisher };
-
+// An output's sum on its way to memory, in three stages for the caller to put between other work.
 template <Ending kEnding>
 struct RollingEnd {
   T* out;
-  uint8_t* mask_out;
-  const uint8_t* mask_in;
-  const T* values;
+  const uint8_t* mask;
   int64_t stride;
   int shift, masks;
-  V bias, low, high, fisher;
+  V bias;
+  Bounds bounds;
 
   TT_INLINE RollingEnd(const Epilogue<T>& e, int c, int channels)
       : out(e.out + c),
-        mask_out(e.mask_out + c / 8),
-        mask_in(e.mask_in + c / 8),
-        values(e.values + c),
+        mask(e.mask_in + c / 8),
         stride(e.out_stride),
         shift(c % 8),
         masks(mask_bytes(channels)),
-        bias{},
-        fisher{} {
-    constexpr float kInfinity = __builtin_inff();
-    if (e.bias) bias = load(e.bias + c);
-    low = splat(e.activation == Activation::kNone ? -kInfinity : 0);
-    high = splat(e.activation == Activation::kRelu6 ? 6 : kInfinity);
-  }
+        bias(start(e, c)),
+        bounds(e.activation) {}
 
-  // An output's sum on its way to memory, in three stages for the caller to put between other work.
   TT_INLINE void stage(V& v, Index<0>) {
-    if constexpr (kEnding == Ending::kFrozen || kEnding == Ending::kSaving) {
-      v += bias;
+    if constexpr (kEnding == Ending::kClamp) {
+      v = clamp_below(v, bounds.low);
     } else {
-      v = keep_masked(v, mask_in, shift, 8);
-      mask_in += masks;
+      v = keep_masked(v, mask, shift, 8);
+      mask += masks;
     }
   }
   TT_INLINE void stage(V& v, Index<1>) {
-    if constexpr (kEnding == Ending::kFisher) {
-      fisher += v * load(values);
-      values += stride;
-    }
-    if constexpr (kEnding == Ending::kSaving) {
-      const unsigned before = shift == 0 ? 0 : *mask_out;
-      *mask_out = static_cast<uint8_t>(before | relu6_bits(v) << shift);
-      mask_out += masks;
-    }
-    if constexpr (kEnding == Ending::kFrozen || kEnding == Ending::kSaving) v = clamp_below(v, low);
+    if constexpr (kEnding == Ending::kClamp) v = clamp_above(v, bounds.high);
   }
   TT_INLINE void stage(V& v, Index<2>) {
-    if constexpr (kEnding == Ending::kFrozen || kEnding == Ending::kSaving) v = clamp_above(v, high);
     store(out, v);
     out += stride;
+  }
+  TT_INLINE void finish(V& v) {
+    unroll<3>(TT_EACH { stage(v, Index<i.value>{}); });
+  }
+};
+
+// The kernel rows inside the image and their weights, for one vector of channels. w[r][j]: of tap j.
+template <int R, int S>
+struct RollingRows {
+  const T* at[R];
+  V w[R][3], v[R][S];  // v: S columns of the input
+  int64_t C;
+
+  TT_INLINE RollingRows(const Depthwise<T>& d, int c) : C(d.channels) {
+    unroll<R>(TT_EACH {
+      at[i] = d.rows[i] + c;
+      const T* tap = d.weights + d.taps[i] * 3 * C + c;
+      unroll<3>(TT_EACH_J { w[i][j] = load(row_of(tap, j, C)); });
+      fetch(i);
+    });
+  }
+  template <int I>
+  TT_INLINE void fetch(Index<I>) {
+    unroll<S>(TT_EACH { v[I][i] = load_halves(at[I] + i * C); });
+    at[I] += S * C;
   }
 };
 
 // One vector of channels; R kernel rows inside the image.
 template <int R, int S, bool kTransposed, Ending kEnding>
-__attribute__((noinline)) void rolling_vector(const Depthwise<T>& d, int c) {
-  const int64_t C = d.channels;
+TT_INLINE void rolling_vector(const Depthwise<T>& d, int c) {
   RollingEnd<kEnding> end(d.epilogue, c, d.channels);
-  // w[r][j]: from a column to the output j places right of its left neighbour's.
-  V w[R][3];
-  const T* at[R];
-  unroll<R>(TT_EACH {
-    at[i] = d.rows[i] + c;
-    unroll<3>(TT_EACH_J {
-      constexpr int kTap = kTransposed ? j.value : 2 - j.value;
-      w[i][j] = load(d.weights + (d.taps[i] * 3 + kTap) * C + c);
-    });
-  });
+  RollingRows<R, S> in(d, c);
+  // From a column to the output left of it, here, and right of it.
+  constexpr int kLeft = kTransposed ? 0 : 2, kHere = 1, kRight = 2 - kLeft;
   // S columns of the input, S = 1: adds to the outputs left of it, here, and right of it, where it comes first. S = 2: an even column
   // reaches one output, the odd one behind it that output and the next. A value is replaced right after its last use, and what
   // was `done` before is finished meanwhile.
-  V v[R][S];
-  const auto fetch = [&](auto row) __attribute__((always_inline)) {
-    unroll<S>(TT_EACH { v[row][i] = load_halves(at[row] + i * C); });
-    at[row] += S * C;
-  };
   const auto columns = [&](V* done, V& left, V& here, V& right, auto more) __attribute__((always_inline)) {
     V odd{};  // apart: six products in turn would wait for one another
+    right = end.bias;
     unroll<R>(TT_EACH {
-      if constexpr (S == 1) left += v[i][0] * w[i][0];
-      here += v[i][0] * w[i][1];
-      if constexpr (S == 2) odd += v[i][1] * w[i][0];
-      if constexpr (i.value == 0) {
-        right = v[i][S - 1] * w[i][2];
-      } else {
-        right += v[i][S - 1] * w[i][2];
-      }
+      if constexpr (S == 1) left += in.v[i][0] * in.w[i][kLeft];
+      here += in.v[i][0] * in.w[i][kHere];
+      if constexpr (S == 2) odd += in.v[i][1] * in.w[i][kLeft];
+      right += in.v[i][S - 1] * in.w[i][kRight];
       if (done) end.stage(*done, Index<i.value>{});
-      if constexpr (more) fetch(i);
+      if constexpr (more) in.fetch(i);
     });
     if (done && R == 2) end.stage(*done, Index<2>{});
     if constexpr (S == 2) here += odd;
   };
-  const auto finish = [&](V& v) __attribute__((always_inline)) { unroll<3>(TT_EACH { end.stage(v, Index<i.value>{}); }); };
   constexpr Index<1> kMore{};
   constexpr Index<0> kLast{};
-  unroll<R>(TT_EACH { fetch(i); });
-  V s0{}, s1{}, s2{}, s3{};
+  V s0 = end.bias, s1 = end.bias, s2, s3;
   int rest = d.width_out;
   if constexpr (S == 1) {
     columns(nullptr, s0, s1, s2, kMore);
@@ -124,8 +111,8 @@ __attribute__((noinline)) void rolling_vector(const Depthwise<T>& d, int c) {
       s3 = s0;
     }
     columns(&s1, s2, s3, s0, kLast);
-    finish(s2);
-    finish(s3);
+    end.finish(s2);
+    end.finish(s3);
   } else {
     columns(nullptr, s3, s0, s1, kMore);
     for (rest -= 1; rest > 3; rest -= 3) {
@@ -139,45 +126,131 @@ __attribute__((noinline)) void rolling_vector(const Depthwise<T>& d, int c) {
       s1 = s2;
     }
     columns(&s0, s3, s1, s2, kLast);
-    finish(s1);
+    end.finish(s1);
   }
-  if constexpr (kEnding == Ending::kFisher) add_fisher(d.epilogue, end.fisher, c, d.channels);
 }
 
-template <int R, int S, bool kTransposed>
-bool rolling_rows(const Depthwise<T>& d) {
-  const Epilogue<T>& e = d.epilogue;
-  const auto all = [&](auto kernel) {
-    for (int c = 0; c < d.channels; c += kLanes) kernel(d, c);
-    return true;
+// grad_input with stride 2: a gradient reaches the outputs at twice its column (by the middle tap) and on both sides of that. A row
+// of outputs meets the middle kernel row alone or the two others.
+template <int R, Ending kEnding>
+TT_INLINE void rolling_spread(const Depthwise<T>& d, int c) {
+  RollingEnd<kEnding> end(d.epilogue, c, d.channels);
+  RollingRows<R, 1> in(d, c);
+  // The outputs at a column and right of it, while the two before are finished.
+  const auto column = [&](V* done, V& even, V& odd, auto more) __attribute__((always_inline)) {
+    V far = V{};  // apart, as above
+    even = odd = end.bias;
+    unroll<R>(TT_EACH {
+      even += in.v[i][0] * in.w[i][1];
+      odd += in.v[i][0] * in.w[i][2];
+      if (done) end.stage(done[0], Index<i.value>{});
+      if constexpr (more) {
+        in.fetch(i);
+        far += in.v[i][0] * in.w[i][0];
+      }
+    });
+    if (done) {
+      unroll<3 - R>(TT_EACH { end.stage(done[0], Index<R + i.value>{}); });
+      end.finish(done[1]);
+    }
+    if constexpr (more) odd += far;
   };
-  if constexpr (kTransposed) {
-    if (e.bias || e.addend || !e.mask_in || e.activation != Activation::kNone) return false;
-    if (e.fisher) return all(rolling_vector<R, S, kTransposed, Ending::kFisher>);
-    return all(rolling_vector<R, S, kTransposed, Ending::kGradient>);
-  } else {
-    // ReLU6 only, whether its bits are kept or not: the order of a layer's sums must not depend on what is saved.
-    if (!e.bias || e.addend || e.mask_in || e.fisher || e.activation != Activation::kRelu6) return false;
-    if (!e.mask_out) return all(rolling_vector<R, S, kTransposed, Ending::kFrozen>);
-    return all(rolling_vector<R, S, kTransposed, Ending::kSaving>);
+  constexpr Index<1> kMore{};
+  constexpr Index<0> kLast{};
+  V a[2], b[2];
+  column(nullptr, a[0], a[1], kMore);
+  int rest = d.width_in - 1;
+  for (; rest > 2; rest -= 2) {
+    column(a, b[0], b[1], kMore);
+    column(b, a[0], a[1], kMore);
   }
+  if (rest == 2) {
+    column(a, b[0], b[1], kMore);
+    a[0] = b[0];
+    a[1] = b[1];
+  }
+  column(a, b[0], b[1], kLast);
+  unroll<2>(TT_EACH { end.finish(b[i]); });
+}
+
+// All vectors of channels in one function, which saves what a call costs each on maps of 4 x 4 and 8 x 8.
+template <int R, int S, bool kTransposed, Ending kEnding>
+__attribute__((noinline)) bool rolling_row(const Depthwise<T>& d) {
+  for (int c = 0; c < d.channels; c += kLanes) rolling_vector<R, S, kTransposed, kEnding>(d, c);
+  return true;
+}
+template <int R, Ending kEnding>
+__attribute__((noinline)) bool rolling_spread_row(const Depthwise<T>& d) {
+  for (int c = 0; c < d.channels; c += kLanes) rolling_spread<R, kEnding>(d, c);
+  return true;
 }
 
 // False: not of these, nothing was done.
-template <bool kTransposed>
+template <bool kTransposed, Ending kEnding>
 bool depthwise_rolling(const Depthwise<T>& d) {
   if (d.padding != 1 || d.channels % kLanes != 0) return false;
   if (d.stride == 1 && d.width_in == d.width_out && d.width_out > 2) {
-    if (d.row_count == 3) return rolling_rows<3, 1, kTransposed>(d);
-    if (d.row_count == 2) return rolling_rows<2, 1, kTransposed>(d);
+    if (d.row_count == 3) return rolling_row<3, 1, kTransposed, kEnding>(d);
+    if (d.row_count == 2) return rolling_row<2, 1, kTransposed, kEnding>(d);
   }
-  if constexpr (!kTransposed) {
+  if constexpr (kTransposed) {
+    if (d.stride == 2 && d.width_out == 2 * d.width_in && d.width_in > 1) {
+      if (d.row_count == 2) return rolling_spread_row<2, kEnding>(d);
+      if (d.row_count == 1) return rolling_spread_row<1, kEnding>(d);
+    }
+  } else {
     if (d.stride == 2 && d.width_in == 2 * d.width_out && d.width_out > 1) {
-      if (d.row_count == 3) return rolling_rows<3, 2, false>(d);
-      if (d.row_count == 2) return rolling_rows<2, 2, false>(d);
+      if (d.row_count == 3) return rolling_row<3, 2, kTransposed, kEnding>(d);
+      if (d.row_count == 2) return rolling_row<2, 2, kTransposed, kEnding>(d);
     }
   }
   return false;
+}
+
+// One row of outputs in any form: clamps and a gradient's mask beside the sums, everything else in another pass over the row. The
+// order of a layer's sums thus never depends on what is saved. False: not of these, nothing was done.
+template <int K, bool kTransposed>
+bool depthwise_passes(Depthwise<T> d) {
+  const Epilogue<T> e = d.epilogue;
+  if (e.addend == e.out) return false;  // the first pass would overwrite it
+  const Ending ending = ending_of(e);
+  const bool gradient = kTransposed && (ending == Ending::kGradient || ending == Ending::kFisher);
+  const bool clamp = ending == Ending::kRelu6 || ending == Ending::kClamp || ending == Ending::kSaving;
+  d.epilogue = Epilogue<T>{};
+  d.epilogue.out = e.out;
+  d.epilogue.out_stride = e.out_stride;
+  d.epilogue.bias = e.bias;
+  if (clamp) d.epilogue.activation = e.activation;
+  if (gradient) d.epilogue.mask_in = e.mask_in;
+  const auto sums = [&](auto known) {
+    constexpr Ending kEnding = known ? Ending::kGradient : Ending::kClamp;
+    if constexpr (K == 3) {
+      return depthwise_rolling<kTransposed, kEnding>(d);
+    } else {
+      return depthwise_rows<K, kTransposed, kEnding>(d);
+    }
+  };
+  bool done;
+  if constexpr (kTransposed) {
+    done = gradient ? sums(Index<1>{}) : sums(Index<0>{});
+  } else {
+    done = sums(Index<0>{});
+  }
+  if (!done) return false;
+  if (ending == Ending::kSaving) {
+    save_relu6_bits<8>(e, d.channels, 0, d.width_out);
+  } else if (ending == Ending::kFisher) {
+    for (int c = 0; c < d.channels; c += kLanes) {
+      V fisher{};
+      for (int64_t at = c; at < d.width_out * e.out_stride; at += e.out_stride) fisher += load(e.out + at) * load(e.values + at);
+      add_fisher(e, fisher, c, d.channels);
+    }
+  } else if (!gradient && !clamp && ending != Ending::kLinear) {
+    Epilogue<T> rest = e;
+    rest.bias = nullptr;
+    apply_epilogue(e.out, d.width_out, d.channels, rest);
+  }
+  return true;
 }
 
 // ---- grad_weight: the nine sums stay in registers, inputs and the outputs' gradients stream past ----

@@ -18,7 +18,22 @@ void grad_bias(const T* __restrict g, int64_t pixels, int channels, T* __restric
 
 void gather_columns(const T* __restrict in, int64_t pixels, int64_t stride, const int32_t* __restrict columns, int count,
                     T* __restrict out) {
-  for (int64_t p = 0; p < pixels; ++p) {
+  // Four pixels for every index that is read.
+  for (; pixels >= 4; pixels -= 4) {
+    const T *in1 = in + stride, *in2 = in1 + stride, *in3 = in2 + stride;
+    T *out1 = out + count, *out2 = out1 + count, *out3 = out2 + count;
+    for (int s = 0; s < count; ++s) {
+      const int32_t c = columns[s];
+      const T a = in[c], b = in1[c], d = in2[c], e = in3[c];
+      out[s] = a;
+      out1[s] = b;
+      out2[s] = d;
+      out3[s] = e;
+    }
+    in = in3 + stride;
+    out = out3 + count;
+  }
+  for (; pixels > 0; --pixels) {
     for (int s = 0; s < count; ++s) out[s] = in[columns[s]];
     in += stride;
     out += count;
@@ -110,14 +125,12 @@ void image_sum(const uint8_t* bytes, const float* values, int64_t pixels, double
   }
 }
 
-// kStep: 3, or -3 for a mirrored row (`in` is then its last pixel).
-template <int kStep, bool kGrey, class In>
+template <bool kGrey, class In>
 TT_INLINE void image_pixels(const ImageRow<T>& r, const In* __restrict in, int count, T* __restrict out) {
   const T s0 = r.scale[0], s1 = r.scale[1], s2 = r.scale[2], o0 = r.offset[0], o1 = r.offset[1], o2 = r.offset[2];
   const T g0 = r.grey_scale[0], g1 = r.grey_scale[1], g2 = r.grey_scale[2];
   for (int x = 0; x < count; ++x) {
-    const T red = static_cast<T>(in[kStep * x]), green = static_cast<T>(in[kStep * x + 1]);
-    const T blue = static_cast<T>(in[kStep * x + 2]);
+    const T red = static_cast<T>(in[3 * x]), green = static_cast<T>(in[3 * x + 1]), blue = static_cast<T>(in[3 * x + 2]);
     const T grey = kGrey ? g0 * red + g1 * green + g2 * blue : T(0);
     out[3 * x] = s0 * red + o0 + grey;
     out[3 * x + 1] = s1 * green + o1 + grey;
@@ -127,11 +140,16 @@ TT_INLINE void image_pixels(const ImageRow<T>& r, const In* __restrict in, int c
 
 template <class In>
 void image_pixels(const ImageRow<T>& r, const In* row, int from, int count, T* out) {
-  const In* const in = row + 3 * (r.mirror ? r.width - 1 - from : from);
-  if (r.grey) {
-    r.mirror ? image_pixels<-3, true>(r, in, count, out) : image_pixels<3, true>(r, in, count, out);
-  } else {
-    r.mirror ? image_pixels<-3, false>(r, in, count, out) : image_pixels<3, false>(r, in, count, out);
+  const In* const in = row + 3 * (r.mirror ? r.width - from - count : from);
+  r.grey ? image_pixels<true>(r, in, count, out) : image_pixels<false>(r, in, count, out);
+  if (!r.mirror) return;
+  // Turned round afterwards: compilers vectorise the loop above forwards only, and that is worth more than this costs.
+  for (T *left = out, *right = out + 3 * (count - 1); left < right; left += 3, right -= 3) {
+    for (int c = 0; c < 3; ++c) {
+      const T value = left[c];
+      left[c] = right[c];
+      right[c] = value;
+    }
   }
 }
 

@@ -1,15 +1,42 @@
-// What follows every sum (see Epilogue in kernels.h): bias, shortcut, ReLU with its bit mask, and in the backward pass the mask
-// and the Fisher sum. One vector at a time; the branches are the same for a whole tile, so they predict well, and they cost
-// nothing beside a tile's reduction.
+// What follows every sum (see Epilogue in kernels.h): shortcut, ReLU with its bit mask, and in the backward pass the mask and the
+// Fisher sum. The bias comes before: sums start at it. One vector at a time; the branches are the same for a whole tile, so they
+// predict well, and they cost little beside a tile's reduction where a core issues out of order.
 
-// What a sum starts from: its bias, which saves adding it behind (a tenth of the work on a sum of eight or nine products). NEON adds
-// it behind the sum: there a start from zero is an instruction, too.
-#if defined(TT_NEON)
-constexpr bool kBiasFirst = false;
-#else
-constexpr bool kBiasFirst = true;
-#endif
-TT_INLINE V start(const Epilogue<T>& e, int channel) { return kBiasFirst && e.bias ? load(e.bias + channel) : V{}; }
+// On the A53 they are hoisted out of the loops over tiles for what the networks do most. The end of a reduction and what follows it
+// are then one run of code, whose clamps and stores issue beside the last FMAs.
+enum class Ending {
+  kAny,
+  kLinear,    // nothing
+  kAdd,       // a shortcut
+  kRelu6,     // ReLU6 without a mask
+  kClamp,     // any other activation without one
+  kSaving,    // ReLU6 with its mask
+  kGradient,  // masked
+  kFisher,    // masked and multiplied by values
+};
+
+TT_INLINE Ending ending_of(const Epilogue<T>& e) {
+  if (e.mask_in) {
+    if (e.addend || e.activation != Activation::kNone) return Ending::kAny;
+    return e.fisher ? Ending::kFisher : Ending::kGradient;
+  }
+  if (e.fisher) return Ending::kAny;
+  if (e.activation == Activation::kNone) return e.addend ? Ending::kAdd : Ending::kLinear;
+  if (e.addend) return Ending::kAny;
+  if (e.activation != Activation::kRelu6) return e.mask_out ? Ending::kAny : Ending::kClamp;
+  return e.mask_out ? Ending::kSaving : Ending::kRelu6;
+}
+
+// Between what an activation holds its values.
+struct Bounds {
+  V low, high;
+  TT_INLINE explicit Bounds(Activation activation)
+      : low(splat(activation == Activation::kNone ? -T(__builtin_inf()) : T(0))),
+        high(splat(activation == Activation::kRelu6 ? T(6) : T(__builtin_inf()))) {}
+};
+
+// What a sum starts from: its bias, which saves adding it behind (a tenth of the work on a sum of eight or nine products).
+TT_INLINE V start(const Epilogue<T>& e, int channel) { return e.bias ? load(e.bias + channel) : V{}; }
 
 TT_INLINE V activate(V v, Activation activation) {
   if (activation != Activation::kNone) {
@@ -22,7 +49,6 @@ TT_INLINE V activate(V v, Activation activation) {
 // One vector of a tile's results, in the general form. `count` lanes exist. `fisher` collects values * v over a tile.
 TT_INLINE void finish(const Epilogue<T>& e, V v, int64_t pixel, int channel, int channels, V& fisher) {
   const int count = channels - channel;
-  if (!kBiasFirst && e.bias) v += load(e.bias + channel);
   if (e.addend) v += load_up_to(e.addend + pixel * e.addend_stride + channel, count);
   if (e.activation != Activation::kNone) {
     if (e.mask_out) {
@@ -55,31 +81,50 @@ __attribute__((noinline)) void finish_tile(const Epilogue<T>& e, const V* sums, 
   }
 }
 
-// Most results do not leave the registers: a frozen layer's (bias, activation, perhaps a shortcut), a layer's whose ReLU6 bits are
-// kept, and a gradient's behind a ReLU; often the depth is only 8 and the epilogue as long as the reduction. Everything else
-// goes through finish_tile.
-template <int P, int N>
+// Most results do not leave the registers: a frozen layer's (activation, perhaps a shortcut), a layer's whose ReLU6 bits are kept,
+// and a gradient's behind a ReLU; often the depth is only 8 and the epilogue as long as the reduction. Everything else goes
+// through finish_tile. kEnding other than kAny: it is that one, and all vectors are whole.
+template <int P, int N, Ending kEnding = Ending::kAny>
 TT_INLINE void finish_sums(const Epilogue<T>& e, V (&sums)[P][N], int64_t pixel, int channel, int channels) {
-  const bool bytes = kLanes >= 8 || channel + N * kLanes <= channels;  // ReLU bits of whole vectors
-  const bool frozen = e.bias && !e.mask_out && !e.mask_in && !e.fisher;
-  const bool saving = bytes && e.bias && e.mask_out && e.activation == Activation::kRelu6 && !e.addend && !e.mask_in && !e.fisher;
-  const bool gradient = bytes && !e.bias && !e.addend && e.mask_in && e.activation == Activation::kNone;
+  constexpr bool kKnown = kEnding != Ending::kAny;
+  const bool bytes = kKnown || kLanes >= 8 || channel + N * kLanes <= channels;  // ReLU bits of whole vectors
+  const bool add = kKnown ? kEnding == Ending::kAdd : e.addend != nullptr;
+  const bool relu = kKnown ? kEnding == Ending::kSaving || kEnding == Ending::kRelu6 || kEnding == Ending::kClamp
+                           : e.activation != Activation::kNone;
+  const bool relu6 = kKnown ? relu : e.activation == Activation::kRelu6;
+  const bool fisher = kKnown ? kEnding == Ending::kFisher : e.fisher != nullptr;
+  const bool gradient = kKnown ? kEnding == Ending::kGradient || fisher : bytes && e.mask_in && !add && !relu;
+  const bool saving = kKnown ? kEnding == Ending::kSaving : bytes && e.mask_out && relu6 && !add && !e.mask_in && !fisher;
+  const bool frozen = kKnown ? !gradient && !saving : !(e.mask_out && relu) && !e.mask_in && !fisher;
+  // Only the last vector can be a part.
+  const auto count_of = [&](int vector) { return kKnown || vector + 1 < N ? kLanes : channels - channel - (N - 1) * kLanes; };
   // Read once: for all the compiler knows, stores change them.
   const int64_t stride = e.out_stride, addend_stride = e.addend_stride;
-  T* const out = e.out + pixel * stride + channel;
-  // Only the last vector can be a part.
-  const auto count_of = [&](int vector) { return vector + 1 < N ? kLanes : channels - channel - (N - 1) * kLanes; };
+  T* out = e.out + pixel * stride + channel;
+  const auto store_sums = [&](auto first, auto count) __attribute__((always_inline)) {
+    unroll<count>(TT_EACH {
+      T* const to = row_of(out, first + i, stride);
+      unroll<N>(TT_EACH_J { store_up_to(to + j * kLanes, sums[first + i][j], count_of(j)); });
+    });
+  };
+  constexpr Index<0> kFirst{};
+  constexpr Index<P> kPixels{};
   if (frozen || saving) {
-    if constexpr (!kBiasFirst) {
-      unroll<N>(TT_EACH {
-        const V bias = load(e.bias + channel + i * kLanes);
-        unroll<P>(TT_EACH_J { sums[j][i] += bias; });
-      });
-    }
-    if (e.addend) {
+    if (add) {
+      // Where nothing else follows, four pixels are loaded, added and stored at a time: GCC would load them all, into memory.
+      constexpr int kGroup = kEnding == Ending::kAdd ? 4 : P;
       const T* addend = e.addend + pixel * addend_stride + channel;
-      unroll<P * N>(
-          TT_EACH { sums[i / N][i % N] += load_up_to(addend + (i / N) * addend_stride + (i % N) * kLanes, count_of(i % N)); });
+      unroll<P / kGroup>([&](auto group) __attribute__((always_inline)) {
+        constexpr Index<group.value * kGroup> kGroupFirst{};
+        unroll<kGroup>(TT_EACH {
+          const T* const from = row_of(addend, kGroupFirst + i, addend_stride);
+          unroll<N>(TT_EACH_J {
+            sums[kGroupFirst + i][j] +=
+                kKnown ? load_lanes(from + j * kLanes, Whole{}) : load_up_to(from + j * kLanes, count_of(j));
+          });
+        });
+        if constexpr (kEnding == Ending::kAdd) store_sums(kGroupFirst, Index<kGroup>{});
+      });
     }
     if (saving) {
       uint8_t* mask = e.mask_out + pixel * mask_bytes(channels);
@@ -92,21 +137,23 @@ TT_INLINE void finish_sums(const Epilogue<T>& e, V (&sums)[P][N], int64_t pixel,
           store_bits(mask + (i / N) * mask_bytes(channels), channel + (i % N) * kLanes, channels, relu6_bits(sums[i / N][i % N]));
         });
     }
-    if (e.activation != Activation::kNone) {
-      unroll<P * N>(TT_EACH { sums[i / N][i % N] = clamp_below(sums[i / N][i % N], splat(0)); });
-      if (e.activation == Activation::kRelu6) {
-        unroll<P * N>(TT_EACH { sums[i / N][i % N] = clamp_above(sums[i / N][i % N], splat(6)); });
-      }
-    }
-    unroll<P * N>(TT_EACH { store_up_to(out + (i / N) * stride + (i % N) * kLanes, sums[i / N][i % N], count_of(i % N)); });
+    const Bounds bounds(kEnding == Ending::kClamp ? e.activation : Activation::kRelu6);
+    if (relu) unroll<P * N>(TT_EACH { sums[i / N][i % N] = clamp_below(sums[i / N][i % N], bounds.low); });
+    if (relu6) unroll<P * N>(TT_EACH { sums[i / N][i % N] = clamp_above(sums[i / N][i % N], bounds.high); });
+    if constexpr (kEnding != Ending::kAdd) store_sums(kFirst, kPixels);
   } else if (gradient) {
     const uint8_t* mask = e.mask_in + pixel * mask_bytes(channels);
-    unroll<P * N>(TT_EACH {
-      sums[i / N][i % N] =
-          keep_masked(sums[i / N][i % N], mask + (i / N) * mask_bytes(channels), channel + (i % N) * kLanes, channels);
-      store_up_to(out + (i / N) * stride + (i % N) * kLanes, sums[i / N][i % N], count_of(i % N));
-    });
-    if (e.fisher) {
+#if defined(TT_NEON)
+    if constexpr (N == 2) {
+      keep_masked_bytes<P>(sums, mask + channel / 8, mask_bytes(channels));
+    } else
+#endif
+      unroll<P * N>(TT_EACH {
+        sums[i / N][i % N] =
+            keep_masked(sums[i / N][i % N], mask + (i / N) * mask_bytes(channels), channel + (i % N) * kLanes, channels);
+      });
+    store_sums(kFirst, kPixels);
+    if (fisher) {
       const T* values = e.values + pixel * stride + channel;
       unroll<N>(TT_EACH {
         V fisher{};
@@ -122,12 +169,31 @@ TT_INLINE void finish_sums(const Epilogue<T>& e, V (&sums)[P][N], int64_t pixel,
   }
 }
 
+#if defined(TT_NEON)
+// ReLU6's bits of a finished row, whose values say as much as its sums did: eight channels and up to eight pixels at a time. A
+// depthwise kernel, one vector of channels at a time, would write every byte in two halves.
+template <int P>
+TT_INLINE void save_relu6_bits(const Epilogue<T>& e, int channels, int pixel, int pixels) {
+  for (; pixel + P <= pixels; pixel += P) {
+    for (int c = 0; c < channels; c += 8) {
+      V v[P][2];
+      unroll<2 * P>(TT_EACH {
+        const T* from = e.out + (pixel + i / 2) * e.out_stride + c + i % 2 * kLanes;
+        v[i / 2][i % 2] = c + i % 2 * kLanes < channels ? load_halves(from) : V{};
+      });
+      store_relu6_bytes<P>(v, e.mask_out + static_cast<int64_t>(pixel) * mask_bytes(channels) + c / 8, mask_bytes(channels));
+    }
+  }
+  if constexpr (P > 1) save_relu6_bits<(P > 4 ? 4 : 1)>(e, channels, pixel, pixels);
+}
+#endif
+
 void apply_epilogue(const T* input, int64_t pixels, int channels, const Epilogue<T>& e) {
   for (int channel = 0; channel < channels; channel += kLanes) {
     V fisher{};
     for (int64_t p = 0; p < pixels; ++p) {
       V v = load_up_to(input + p * channels + channel, channels - channel);
-      if (kBiasFirst && e.bias) v += load(e.bias + channel);
+      if (e.bias) v += load(e.bias + channel);
       finish(e, v, p, channel, channels, fisher);
     }
     add_fisher(e, fisher, channel, channels);

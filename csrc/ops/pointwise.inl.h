@@ -20,10 +20,20 @@ constexpr int kPanelVectors = 2;
 constexpr int kTilePixels[] = {0, 4, 4};
 #endif
 
+template <int P, int N>
+TT_INLINE void gemm_reduce_one(const T* input, int64_t stride, const T* weights, V (&acc)[P][N]) {
+  V w[N];
+  unroll<N>(TT_EACH { w[i] = load(weights + i * kLanes); });
+  unroll<P>(TT_EACH {
+    const V x = splat(input[i * stride]);
+    unroll<N>(TT_EACH_J { acc[i][j] += w[j] * x; });
+  });
+}
+
+// kPairs: the depth goes by pairs only. On AVX-512 weights are packed so (pack.h), on NEON it is even and not zero.
 template <int P, int N, bool kPairs>
 TT_INLINE void gemm_reduce(const T* input, int64_t stride, int depth, const T* weights, V (&acc)[P][N]) {
   constexpr int kPanel = N * kLanes;
-  int k = 0;
 #if defined(TT_AVX512)
   // A single vector, or half a one in pairs of the depth: bound by its loads, P + 1 for P products, so pixels are many, and reached
   // from every fourth one. The empty asm hides how those relate; else GCC keeps sixteen offsets, most of them in vector registers.
@@ -33,7 +43,7 @@ TT_INLINE void gemm_reduce(const T* input, int64_t stride, int depth, const T* w
       at[i] = input + 4 * i * stride;
       asm("" : "+r"(at[i]));
     });
-    for (; k < depth; k += kPairs ? 2 : 1, weights += kLanes) {
+    for (int k = 0; k < depth; k += kPairs ? 2 : 1, weights += kLanes) {
       const V w = load(weights);
       unroll<P>(TT_EACH {
         const T* const x = at[i / 4] + (i % 4) * stride + k;
@@ -44,43 +54,55 @@ TT_INLINE void gemm_reduce(const T* input, int64_t stride, int depth, const T* w
   }
 #elif defined(TT_NEON)
   // Two values of the depth at a time. An input is replaced right after its last use, so that its 64-bit load issues beside an FMA;
-  // the loop has no loads to wait for but those of the weights.
-  if (depth >= 2) {
-    V x[P];
-    unroll<P>(TT_EACH { x[i] = load_two(input + i * stride); });
-    const auto pair = [&](auto more) __attribute__((always_inline)) {
-      V w[2][N];
-      unroll<2 * N>(TT_EACH { w[i / N][i % N] = load(weights + static_cast<int64_t>(k) * kPanel + i * kLanes); });
-      unroll<P * N>(TT_EACH { add_product(acc[i / N][i % N], w[0][i % N], x[i / N], Index<0>{}); });
-      k += 2;
-      unroll<P>(TT_EACH {
-        unroll<N>(TT_EACH_J { add_product(acc[i][j], w[1][j], x[i], Index<1>{}); });
-        if constexpr (more) x[i] = load_two(input + i * stride + k);
-      });
-    };
-    while (k + 4 <= depth) pair(Index<1>{});
-    pair(Index<0>{});
+  // the loop has no loads to wait for but those of the weights. An odd value comes first: the last pair can then issue beside
+  // what follows the sums.
+  if (!kPairs && depth % 2 != 0) {
+    gemm_reduce_one<P, N>(input, stride, weights, acc);
+    input += 1;
+    weights += kPanel;
   }
-#endif
-  for (; k < depth; ++k) {
-    V w[N];
-    unroll<N>(TT_EACH { w[i] = load(weights + static_cast<int64_t>(k) * kPanel + i * kLanes); });
+  if (!kPairs && depth < 2) return;
+  V x[P];
+  unroll<P>(TT_EACH { x[i] = load_two(input + i * stride); });
+  const auto pair = [&](auto more) __attribute__((always_inline)) {
+    V w[2][N];
+    unroll<2 * N>(TT_EACH { w[i / N][i % N] = load(weights + i * kLanes); });
+    weights += 2 * kPanel;
+    input += 2;
+    unroll<P * N>(TT_EACH { add_product(acc[i / N][i % N], w[0][i % N], x[i / N], Index<0>{}); });
     unroll<P>(TT_EACH {
-      const V x = splat(input[i * stride + k]);
-      unroll<N>(TT_EACH_J { acc[i][j] += w[j] * x; });
+      unroll<N>(TT_EACH_J { add_product(acc[i][j], w[1][j], x[i], Index<1>{}); });
+      if constexpr (more) x[i] = load_two(input + i * stride);
     });
-  }
+  };
+  for (int k = depth / 2; k > 1; --k) pair(Index<1>{});
+  pair(Index<0>{});
+  return;
+#endif
+  for (int k = 0; k < depth; ++k) gemm_reduce_one<P, N>(input + k, stride, weights + static_cast<int64_t>(k) * kPanel, acc);
 }
 
-template <int P, int N, bool kPairs>
-void gemm_tile(const Gemm<T>& g, const T* panel, int64_t pixel, int channel) {
-  constexpr int kPanel = kPairs ? kLanes / 2 : N * kLanes;
+#if defined(TT_NEON)
+#define TT_TILE TT_INLINE  // what follows the sums is known: the rest of a tile is as short as a call
+#else
+#define TT_TILE
+#endif
+
+template <int P, int N, bool kPairs, Ending kEnding>
+TT_TILE void gemm_tile(const Gemm<T>& g, const T* panel, int64_t pixel, int channel) {
+  constexpr bool kHalf = kPairs && kPairsDepth;  // a vector in pairs of the depth
+  constexpr int kPanel = kHalf ? kLanes / 2 : N * kLanes;
   V first[N], acc[P][N];
   unroll<N>(TT_EACH { first[i] = start(g.epilogue, channel + i * kLanes); });
-  unroll<P * N>(TT_EACH { acc[i / N][i % N] = kPairs ? V{} : first[i % N]; });
-  for (int r = 0; r < g.row_count; ++r) {
+  unroll<P * N>(TT_EACH { acc[i / N][i % N] = kHalf ? V{} : first[i % N]; });
+  const auto row = [&](int r) __attribute__((always_inline)) {
     gemm_reduce<P, N, kPairs>(g.rows[r] + pixel * g.pixel_stride, g.pixel_stride, g.depth,
                               panel + static_cast<int64_t>(g.taps[r]) * g.depth * kPanel, acc);
+  };
+  if constexpr (kPairs && !kHalf) {
+    row(0);  // pointwise
+  } else {
+    for (int r = 0; r < g.row_count; ++r) row(r);
   }
 #if defined(TT_AVX512)
   if constexpr (kPairs && P == 1) add_lane_pairs(acc[0][0], acc[0][0]);
@@ -89,17 +111,56 @@ void gemm_tile(const Gemm<T>& g, const T* panel, int64_t pixel, int channel) {
     unroll<P>(TT_EACH { acc[i][0] += first[0]; });
   }
 #endif
-  finish_sums<P, N>(g.epilogue, acc, pixel, channel, g.outputs);
+  finish_sums<P, N, kEnding>(g.epilogue, acc, pixel, channel, g.outputs);
 }
 
-// One panel: whole tiles of P pixels, then ever smaller ones.
+// Whole tiles of P pixels; returns the first pixel behind them.
+template <int P, int N, bool kPairs, Ending kEnding>
+TT_INLINE int64_t gemm_tiles(const Gemm<T>& g, const T* panel, int64_t pixel, int channel) {
+  for (; pixel + P <= g.pixels; pixel += P) gemm_tile<P, N, kPairs, kEnding>(g, panel, pixel, channel);
+  return pixel;
+}
+
+// One panel: tiles of P pixels, then ever smaller ones.
 template <int P, int N, bool kPairs>
 void gemm_panel(const Gemm<T>& g, const T* panel, int64_t pixel, int channel) {
-  for (; pixel + P <= g.pixels; pixel += P) gemm_tile<P, N, kPairs>(g, panel, pixel, channel);
+  pixel = gemm_tiles<P, N, kPairs, Ending::kAny>(g, panel, pixel, channel);
   if constexpr (P > 1) {
     if (pixel < g.pixels) gemm_panel<(P > 8 ? 8 : P > 4 ? 4 : P / 2), N, kPairs>(g, panel, pixel, channel);
   }
 }
+
+#if defined(TT_NEON)
+// A full panel with an ending that is known: its code has neither other endings' branches nor, if pointwise and of even depth, a loop
+// over rows. It works on a copy that nothing else points to, which stays in registers over stores.
+template <bool kPairs, Ending kEnding>
+__attribute__((noinline)) void gemm_known_panel(const Gemm<T>& g, const T* panel, int channel) {
+  constexpr int N = kPanelVectors, P = kTilePixels[N];
+  Gemm<T> own = g;
+  const T* const row = kPairs ? g.rows[0] : nullptr;
+  const int tap = 0;
+  if constexpr (kPairs) {
+    own.rows = &row;
+    own.taps = &tap;
+  }
+  const int64_t rest = gemm_tiles<P, N, kPairs, kEnding>(own, panel, 0, channel);
+  if (rest < g.pixels) gemm_panel<P / 2, N, false>(g, panel, rest, channel);
+}
+
+template <bool kPairs>
+void gemm_full_panel(const Gemm<T>& g, const T* panel, int channel) {
+  switch (ending_of(g.epilogue)) {
+    case Ending::kAny:
+    case Ending::kClamp: return gemm_known_panel<false, Ending::kAny>(g, panel, channel);
+    case Ending::kLinear: return gemm_known_panel<kPairs, Ending::kLinear>(g, panel, channel);
+    case Ending::kAdd: return gemm_known_panel<kPairs, Ending::kAdd>(g, panel, channel);
+    case Ending::kRelu6: return gemm_known_panel<kPairs, Ending::kRelu6>(g, panel, channel);
+    case Ending::kSaving: return gemm_known_panel<kPairs, Ending::kSaving>(g, panel, channel);
+    case Ending::kGradient: return gemm_known_panel<kPairs, Ending::kGradient>(g, panel, channel);
+    case Ending::kFisher: return gemm_known_panel<kPairs, Ending::kFisher>(g, panel, channel);
+  }
+}
+#endif
 
 // The panel of N vectors if that is how many there are, else of fewer; 0: half a one (kPairsDepth). Returns its width.
 template <int N>
@@ -112,6 +173,12 @@ int gemm_panel_of(const Gemm<T>& g, const T* panel, int channel, int vectors) {
       return kLanes / 2;
     }
   }
+#if defined(TT_NEON)
+  if (N == kPanelVectors && channel + N * kLanes <= g.outputs) {
+    g.kernel_rows == 1 && g.depth % 2 == 0 ? gemm_full_panel<true>(g, panel, channel) : gemm_full_panel<false>(g, panel, channel);
+    return N * kLanes;
+  }
+#endif
   gemm_panel<kTilePixels[N], N, false>(g, panel, 0, channel);
   return N * kLanes;
 }
