@@ -66,6 +66,8 @@ class Session {
   void set_prototypes(const Images<T>& images, const int64_t* labels, int ways, bool keep);
   void update_prototypes();
   bool keeps_prefix() const { return kept_images_ > 0; }
+  // What was kept, in the images' place.
+  Images<T> kept() const;
   const T* prototypes() const { return prototypes_; }
   int ways() const { return ways_; }
 
@@ -110,7 +112,6 @@ class Session {
   void collect(Worker& worker, Pass& pass, const Program& program, int64_t image, int64_t turn);
   void head(Worker& worker, Pass& pass, const Program& program, int64_t image);
   void normalise_prototypes();
-  Images<T> kept() const;
 
   void chain(Worker& worker, const Instruction& step);
   void produce(Worker& worker, const Instruction& step, int link, int until);

@@ -516,6 +516,8 @@ def test_a_kept_prefix_equals_a_recomputed_one():
     assert not fresh.kept
     with pytest.raises(ValueError, match="no prefix outputs are kept"):
         fresh.update_prototypes()
+    with pytest.raises(ValueError, match="no prefix outputs are kept"):
+        fresh.kept_features()
     for session in (keeping, fresh):
         session.proto_backward(queries, labels)
         session.step(0.1)
@@ -524,6 +526,7 @@ def test_a_kept_prefix_equals_a_recomputed_one():
     fresh.set_prototypes(images, labels, 3)
     assert (keeping.prototypes() != before).any()
     assert_same_bits({"p": keeping.prototypes()}, {"p": fresh.prototypes()})
+    assert_same_bits({"f": keeping.kept_features()}, {"f": fresh.embed(images)})
     assert keeping.broken_guard() == fresh.broken_guard() == ""
     # More images than there is room for are not kept, and what was kept is forgotten.
     more = np.concatenate([images, images[:1]])

@@ -74,9 +74,18 @@ class PySession {
   }
 
   void update_prototypes() {
-    if (!keeps_prefix()) throw py::value_error("update_prototypes: no prefix outputs are kept; call set_prototypes");
+    need_kept("update_prototypes");
     const ExclusiveCall call(mutex_);
     session_->update_prototypes();
+  }
+
+  Array<T> kept_features() {
+    need_kept("kept_features");
+    Array<T> features({session_->kept().count, static_cast<int64_t>(graph().features())});
+    T* out = features.mutable_data();
+    const ExclusiveCall call(mutex_);
+    session_->embed(session_->kept(), out);
+    return features;
   }
 
   Array<T> prototypes() const {
@@ -255,6 +264,10 @@ class PySession {
       in.augmentation = reinterpret_cast<const AugmentationRow*>(rows);
     }
     return in;
+  }
+
+  void need_kept(const char* call) const {
+    if (!keeps_prefix()) throw py::value_error(std::string(call) + ": no prefix outputs are kept; call set_prototypes");
   }
 
   void need_gradients() const {

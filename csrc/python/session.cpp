@@ -20,6 +20,7 @@ void bind_session<TT_REAL>(py::module_& m) {
       .def("set_prototypes", &S::set_prototypes, py::arg("images"), py::arg("prefix"), py::arg("labels").noconvert(),
            py::arg("ways"), py::arg("keep"))
       .def("update_prototypes", &S::update_prototypes)
+      .def("kept_features", &S::kept_features)
       .def("proto_backward", &S::proto_backward, py::arg("images"), py::arg("prefix"), py::arg("labels").noconvert(),
            py::arg("augmentation"), py::arg("scale"), py::arg("weight"))
       .def("backward", &S::backward, py::arg("images"), py::arg("prefix"), py::arg("grad_features").noconvert(),

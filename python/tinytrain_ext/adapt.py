@@ -334,11 +334,17 @@ def _unknown_below(
 ) -> float:
     """The threshold under the session's weights as they are, by leave-one-out."""
     prototypes = session.prototypes()
+    # Kept prefix outputs spare the photos most of another forward pass, and are larger than this.
+    kept = session.kept_features() if session.kept else None
     sure = []
     for way in range(len(prototypes)):
-        # One photo at a time: only the features of a single class leave the engine at once.
-        features = [session.embed(images[n : n + 1]) for n in np.flatnonzero(labels == way)]
-        sure.append(leave_one_out(np.concatenate(features), way, prototypes, scale))
+        if kept is not None:
+            features = kept[labels == way]
+        else:
+            # One photo at a time: only the features of a single class leave the engine at once.
+            photos = np.flatnonzero(labels == way)
+            features = np.concatenate([session.embed(images[n : n + 1]) for n in photos])
+        sure.append(leave_one_out(features, way, prototypes, scale))
     return unknown_threshold(np.concatenate(sure))
 
 

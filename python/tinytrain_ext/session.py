@@ -359,6 +359,10 @@ class Session:
         """The same support's prototypes under the present weights, from the kept prefix outputs."""
         self._core.update_prototypes()
 
+    def kept_features(self) -> NDArray[Any]:
+        """Features (N, m) of that support under the present weights, from the same."""
+        return np.asarray(self._core.kept_features())
+
     def prototypes(self) -> NDArray[Any]:
         """(ways, m): direction of each class's mean feature (unit length)."""
         return np.asarray(self._core.prototypes())
