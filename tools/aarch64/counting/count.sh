@@ -12,7 +12,7 @@ script=$1
 mkdir -p "$2"
 folder=$(realpath "$2")
 shift 2
-if [ ! -e "$work/sysroot/complete" ] || [ ! -e "$work/site-$python/complete" ] || [ ! -d "$work/headers" ]; then
+if [ ! -e "$work/sysroot-$python/complete" ] || [ ! -e "$work/site-$python/complete" ] || [ ! -d "$work/headers" ]; then
   echo "count.sh: run tools/aarch64/test.sh first; $work is not complete" >&2
   exit 1
 fi
@@ -39,7 +39,14 @@ ln -s "$build/_core.so" "$build/package/tinytrain_ext/_core.cpython-${python/./}
 gcc -O2 -Wall -Wextra -fPIC -shared -fvisibility=hidden -o "$build/plugin.so" "$here/plugin.c"
 
 export PYTHONPATH=$build/package:$here:$project:$project/tests:$work/site-$python
-export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=1
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONHASHSEED=0
+unset PYTHONDONTWRITEBYTECODE
 export TINYTRAIN_EXECUTABLE=$project/tools/aarch64/python
-exec setarch "$(uname -m)" -R qemu-aarch64 -cpu cortex-a53 -L "$work/sysroot" -plugin "$build/plugin.so,out=$folder/counts.txt" \
-  "$work/sysroot/usr/bin/python$python" "$here/$script" "$folder" "$@"
+run() { setarch "$(uname -m)" -R qemu-aarch64 -cpu cortex-a53 -L "$work/sysroot-$python" "$@"; }
+interpreter=$work/sysroot-$python/usr/bin/python$python
+# On a device, pip and Debian's packages leave modules compiled to bytecode; here the first import does.
+export PYTHONPYCACHEPREFIX=$work/bytecode-$python
+run "$interpreter" -c "
+import PIL.Image, safetensors.numpy, tinytrain_ext, tinytrain_ext.demo, tinytrain_ext.session
+PIL.Image.preinit()"
+run -plugin "$build/plugin.so,out=$folder/counts.txt" "$interpreter" "$here/$script" "$folder" "$@"

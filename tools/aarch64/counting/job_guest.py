@@ -2,19 +2,23 @@
 
 25 photos (JPEG, 640 x 640, drawn by the demo's generator) of five classes, `adapt` as it comes:
 Fisher pass, selection for 1 MiB and 15 % of the compute, Adam, prototypes every iteration. Three
-iterations are run; they are alike, and the reader takes the last one 40 times.
+iterations are run; the reader takes their mean 40 times. A session's passes over images, which
+threads share, are counted apart from what surrounds them.
 """
 
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from regions import Regions
 
 ITERATIONS = 3
 regions = Regions()
-folder, name = Path(sys.argv[1]), sys.argv[2]
+folder, NETWORK = Path(sys.argv[1]), sys.argv[2]
 
-with regions.region(network=name, part="import"):
+with regions.region(network=NETWORK, part="import"):
     import numpy as np
     from PIL import Image
 
@@ -24,6 +28,7 @@ with regions.region(network=name, part="import"):
 from tinytrain_ext.architectures import ARCHITECTURES, random_network  # noqa: E402
 from tinytrain_ext.demo import CLASSES, draw  # noqa: E402
 from tinytrain_ext.images import load_folder  # noqa: E402
+from tinytrain_ext.views import PseudoQueries  # noqa: E402
 
 photos = folder / "photos"
 for label in range(5):
@@ -32,22 +37,72 @@ for label in range(5):
         picture = draw(CLASSES[label], 640, np.random.default_rng((label, index)))
         Image.fromarray(picture).save(photos / CLASSES[label] / f"{index}.jpg", quality=90)
 saved = folder / "network.safetensors"
-random_network(ARCHITECTURES[name], np.random.default_rng(0), feature_mix=name != "mcunet").save(
-    saved
+drawn = random_network(
+    ARCHITECTURES[NETWORK], np.random.default_rng(0), feature_mix=NETWORK != "mcunet"
 )
+drawn.save(saved)
 
-with regions.region(network=name, part="load network"):
+with regions.region(network=NETWORK, part="load network"):
     network = tt.Network.load(saved)
-with regions.region(network=name, part="load photos"):
+with regions.region(network=NETWORK, part="load photos"):
     task = load_folder(photos)
 
 
+class Part:
+    """The part of the job that is being counted."""
+
+    name = ""
+
+    def switch(self, name: str) -> None:
+        """Another one from here on."""
+        if self.name:
+            regions.stop()
+        self.name = name
+        regions.start(network=NETWORK, part=name)
+
+
+part = Part()
+
+
 def progress(phase: str, done: int, total: int) -> None:
-    regions.stop()
-    regions.start(network=name, part=f"after {phase} {done}")
+    if phase == "fisher":
+        part.switch("Fisher pass" if done == 0 else "selection, set-up, end")
+    elif done == total:
+        part.switch("selection, set-up, end")
 
 
-regions.start(network=name, part="begin")
-result = tt.adapt(network, task.images, task.labels, iterations=ITERATIONS, progress=progress)
+def of_iteration(view: Callable[..., Any]) -> Callable[..., Any]:
+    """The first thing that an iteration does."""
+
+    @functools.wraps(view)
+    def called(*arguments: Any) -> Any:
+        part.switch("iterations")
+        return view(*arguments)
+
+    return called
+
+
+def shared(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A pass over images."""
+
+    @functools.wraps(call)
+    def called(*arguments: Any, **options: Any) -> Any:
+        before = part.name
+        part.switch(before + ", shared")
+        try:
+            return call(*arguments, **options)
+        finally:
+            part.switch(before)
+
+    return called
+
+
+Session = tinytrain_ext.session.Session
+PASSES = ("set_prototypes", "update_prototypes", "kept_features", "embed", "proto_backward")
+for method in PASSES:
+    setattr(Session, method, shared(getattr(Session, method)))
+PseudoQueries.view = of_iteration(PseudoQueries.view)  # type: ignore[method-assign]
+part.switch("selection, set-up, end")
+tt.adapt(network, task.images, task.labels, iterations=ITERATIONS, progress=progress)
 regions.stop()
 regions.write(folder / "regions.json")

@@ -1,4 +1,7 @@
-"""Every convolution of the three networks, three passes, ours and torch's: regions for count.sh."""
+"""Every convolution of the three networks, three passes, ours and torch's: regions for count.sh.
+
+Arguments: folder, --ours to leave torch out.
+"""
 
 import sys
 from collections.abc import Callable

@@ -3,6 +3,7 @@
 python report.py kernels FOLDER [XNNPACK FOLDER]    after kernels_guest.py and xnnpack_guest.cpp
 python report.py steps FOLDER...                    after steps_guest.py
 python report.py job FOLDER...                      after job_guest.py
+A later folder's counts replace an earlier one's of the same, as after a run with --ours.
 --json FILE appends one JSON line a row. Runs where the counts were made: symbols come from the
 objects that ran. Needs the installed package, extension module included.
 """
@@ -25,7 +26,7 @@ from tinytrain_ext.architectures import ARCHITECTURES
 from tinytrain_ext.bench.jobs import LayerShape, layer_shapes
 
 _PASSES = ("forward", "grad_input", "grad_weight")
-_IMAGES, _ITERATIONS, _CLOCK, _BANDWIDTH = 25, 40, 1e9, 2e9
+_IMAGES, _ITERATIONS, _COUNTED_ITERATIONS, _CLOCK, _BANDWIDTH = 25, 40, 3, 1e9, 2e9
 
 
 def _ours(blocks: Iterable[tuple[a53.Block, int]]) -> list[tuple[a53.Block, int]]:
@@ -103,66 +104,56 @@ def steps(folders: list[Path]) -> list[dict[str, Any]]:
     rows = []
     print("| network | one image | ours, million | torch eager | torch, best | ours, ms modelled |")
     print("|---|---|---|---|---|---|")
+    table: dict[tuple[str, str], dict[str, a53.Counts]] = defaultdict(dict)
     for folder in folders:
-        table: dict[str, dict[str, a53.Counts]] = defaultdict(dict)
         for row, blocks in a53.read(folder):
-            total = table[row["row"]][row["implementation"]] = a53.total(blocks)
-            rows.append({"table": "steps", **row, **asdict(total)})
-            network = row["network"]
-        for name, cells in table.items():
-            ours = cells["ours"]
-            ratios = " | ".join(
-                f"{cells[column].instructions / ours.instructions:.1f}x" if column in cells else ""
-                for column in ("torch, eager", "torch, best")
-            )
-            print(
-                f"| {network} | {name} | {ours.instructions / 1e6:.2f} | {ratios} | "
-                f"{1e3 * ours.cycles / _CLOCK:.2f} |"
-            )
+            table[row["network"], row["row"]][row["implementation"]] = a53.total(blocks)
+    for (network, name), cells in table.items():
+        rows += [
+            {"table": "steps", "network": network, "row": name, "implementation": cell}
+            | asdict(counts)
+            for cell, counts in cells.items()
+        ]
+        ours = cells["ours"]
+        ratios = " | ".join(
+            f"{cells[column].instructions / ours.instructions:.1f}x" if column in cells else ""
+            for column in ("torch, eager", "torch, best")
+        )
+        print(
+            f"| {network} | {name} | {ours.instructions / 1e6:.2f} | {ratios} | "
+            f"{1e3 * ours.cycles / _CLOCK:.2f} |"
+        )
     return rows
 
 
 def job(folders: list[Path]) -> list[dict[str, Any]]:
     """Prints the modelled seconds of the paper's job."""
     rows = []
-    print("| network | part | million instructions | modelled s, one core | modelled s, four |")
-    print("|---|---|---|---|---|")
+    print("| network | part | million instructions | modelled s, one core | four | of it memory |")
+    print("|---|---|---|---|---|---|")
     for folder in folders:
-        parts: dict[str, a53.Counts] = {}
+        parts: dict[str, a53.Counts] = defaultdict(a53.Counts)
         for row, blocks in a53.read(folder):
-            total = parts.setdefault(row["part"], a53.Counts())
-            total.add(a53.total(blocks), 1)
+            parts[row["part"]].add(a53.total(blocks), 1)
             network = row["network"]
-        last = max((name for name in parts if "fine-tuning" in name), key=lambda name: name)
-        iterations = sorted(name for name in parts if name.startswith("after fine-tuning"))
-        # What comes after iteration 1 is iteration 2: the last but one that begins is whole.
-        whole = parts[iterations[-2]]
-        fisher = parts["after fisher 0"]
-        setup = a53.Counts()
-        for name in ("begin", "after fisher 1", last):
-            setup.add(parts[name], 1)
-        if "after fine-tuning 0" in parts:
-            setup.add(parts["after fine-tuning 0"], 1)
-        bytes_per_image = _weight_bytes(network)
+        weights = _IMAGES * _weight_bytes(network)
+        # Times, and bytes read from memory.
         passes = {
-            "import": (parts["import"], 1, 0, False),
-            "load network": (parts["load network"], 1, 0, False),
-            "load photos": (parts["load photos"], 1, 0, False),
-            "Fisher pass": (fisher, 1, _IMAGES * 2 * bytes_per_image, True),
-            "selection, set-up, end": (setup, 1, 0, False),
-            "40 iterations": (
-                whole,
-                _ITERATIONS,
-                _ITERATIONS * _IMAGES * 2 * bytes_per_image,
-                True,
-            ),
+            "import": (1.0, 0),
+            "load network": (1.0, 0),
+            "load photos": (1.0, 0),
+            "Fisher pass": (1.0, 2 * weights),
+            "selection, set-up, end": (1.0, weights),
+            "iterations": (_ITERATIONS / _COUNTED_ITERATIONS, _ITERATIONS * 2 * weights),
         }
         one_total = four_total = 0.0
-        for name, (counts, times, traffic, parallel) in passes.items():
-            compute = times * counts.cycles / _CLOCK
+        for name, (times, traffic) in passes.items():
+            alone, shared = parts[name], parts[name + ", shared"]
             memory = traffic / _BANDWIDTH
-            one = compute + memory
-            four = compute * -(-_IMAGES // 4) / _IMAGES + memory if parallel else one
+            one = times * (alone.cycles + shared.cycles) / _CLOCK + memory
+            busiest = -(-_IMAGES // 4) / _IMAGES
+            four = times * (alone.cycles + busiest * shared.cycles) / _CLOCK + memory
+            instructions = times * (alone.instructions + shared.instructions)
             one_total += one
             four_total += four
             rows.append(
@@ -170,18 +161,19 @@ def job(folders: list[Path]) -> list[dict[str, Any]]:
                     "table": "job",
                     "network": network,
                     "part": name,
-                    "instructions": times * counts.instructions,
-                    "cycles": times * counts.cycles,
+                    "instructions": round(instructions),
+                    "cycles": round(times * alone.cycles),
+                    "shared_cycles": round(times * shared.cycles),
                     "dram_bytes": traffic,
                     "modelled_seconds_one_core": one,
                     "modelled_seconds_four_cores": four,
                 }
             )
             print(
-                f"| {network} | {name} | {times * counts.instructions / 1e6:.0f} | "
-                f"{one:.2f} | {four:.2f} |"
+                f"| {network} | {name} | {instructions / 1e6:.0f} | {one:.2f} | {four:.2f} | "
+                f"{memory:.2f} |"
             )
-        print(f"| {network} | **total** | | **{one_total:.1f}** | **{four_total:.1f}** |")
+        print(f"| {network} | **total** | | **{one_total:.1f}** | **{four_total:.1f}** | |")
     return rows
 
 

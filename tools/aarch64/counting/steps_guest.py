@@ -1,9 +1,10 @@
 """Whole training steps of one network, ours and torch's: regions for count.sh.
 
-Arguments: folder, network. One image a batch; counts are per image then, and exact. torch as its
-users have it, with BatchNorm in eval mode ("eager"), and at its best, folded into the weights with
-channels_last memory ("best"). The Fisher pass: gradients of the last six blocks and, of each layer
-there, the squared sums of activation x gradient (Eq. 2 of the paper), by hooks in torch.
+Arguments: folder, network, --ours to leave torch out. One image a batch; counts are per image then,
+and exact. torch as its users have it, with BatchNorm in eval mode ("eager"), and at its best,
+folded into the weights with channels_last memory ("best"). The Fisher pass: gradients of the last
+six blocks and, of each layer there, the squared sums of activation x gradient (Eq. 2 of the paper),
+by hooks in torch.
 """
 
 import sys
@@ -88,7 +89,7 @@ def main() -> None:
     count("update, Adam", "ours", lambda: adam.step(1e-6))
     count("FullTrain step", "ours", OurJob(network, full, task).step)
     count("Fisher pass", "ours", OurJob(network, whole, task, fisher_layers=inspected).gradients)
-    for best in (False, True):
+    for best in () if "--ours" in sys.argv else (False, True):
         column = "torch, best" if best else "torch, eager"
         theirs = TorchJob(network, set(layers.layers), task, best)
         count("forward", column, theirs.forward)
