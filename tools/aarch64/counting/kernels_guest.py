@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from regions import Regions
-from torch.nn import functional as F
 
 from cases import NETWORK_CASES  # type: ignore[import-not-found]
 from tinytrain_ext import _core
@@ -51,6 +49,10 @@ def ours(case: LayerShape, regions: Regions) -> None:
 
 def theirs(case: LayerShape, regions: Regions) -> None:
     """torch's conv2d with bias; its two backward passes one by one."""
+    import torch  # here: it takes long
+    from torch.nn import functional as F
+
+    torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     weight = torch.from_numpy(rng.standard_normal(case.weight_shape, np.float32))
     bias = torch.zeros(case.out_channels)
@@ -74,21 +76,20 @@ def theirs(case: LayerShape, regions: Regions) -> None:
         "grad_input": lambda: backward(True),
         "grad_weight": lambda: backward(False),
     }
-    for name in PASSES:
-        calls[name]()
-        with regions.region(case=case.name, kernel_pass=name, implementation="torch"):
+    with torch.no_grad():
+        for name in PASSES:
             calls[name]()
+            with regions.region(case=case.name, kernel_pass=name, implementation="torch"):
+                calls[name]()
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     regions = Regions()
-    with torch.no_grad():
-        for case in NETWORK_CASES:
-            ours(case, regions)
-            if "--ours" not in sys.argv:
-                theirs(case, regions)
+    for case in NETWORK_CASES:
+        ours(case, regions)
+        if "--ours" not in sys.argv:
+            theirs(case, regions)
     regions.write(folder / "regions.json")
 
 

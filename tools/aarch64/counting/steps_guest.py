@@ -13,47 +13,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from regions import Regions
-from torch import nn
 
 import tinytrain_ext as tt
 from tinytrain_ext.bench.jobs import OurJob, Task, tt_policy, zoo_network
-from tinytrain_ext.bench.torch_peer import TorchJob
 from tinytrain_ext.cost import inspected_layers
 
 
-class TorchFisher(TorchJob):
-    """The backward pass of the inspected layers, with Fisher sums by hooks."""
-
-    def __init__(
-        self, network: tt.Network, layers: tuple[int, ...], task: Task, best: bool
-    ) -> None:
-        super().__init__(network, set(layers), task, best)
-        self.sums: dict[int, torch.Tensor] = {}
-        modules = self.model.convs if best else self.model.norms
-        for layer in layers:
-            modules[layer].register_forward_hook(self._hook(layer))
-
-    def _hook(self, layer: int) -> Callable[..., None]:
-        def keep(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-            def add(gradient: torch.Tensor) -> None:
-                product = (output.detach() * gradient).sum(dim=(2, 3))
-                self.sums[layer] = (product**2).sum(dim=0)
-
-            output.register_hook(add)  # type: ignore[no-untyped-call]
-
-        return keep
-
-
-def torch_iteration(job: TorchJob) -> None:
-    """A step, then the prototypes of the support set: one forward pass here."""
-    job.step()
-    job.forward()
-
-
 def main() -> None:
-    torch.set_num_threads(1)
     folder, name = Path(sys.argv[1]), sys.argv[2]
     network = zoo_network(name)
     task = Task(network, 1)
@@ -89,15 +56,17 @@ def main() -> None:
     count("update, Adam", "ours", lambda: adam.step(1e-6))
     count("FullTrain step", "ours", OurJob(network, full, task).step)
     count("Fisher pass", "ours", OurJob(network, whole, task, fisher_layers=inspected).gradients)
-    for best in () if "--ours" in sys.argv else (False, True):
-        column = "torch, best" if best else "torch, eager"
-        theirs = TorchJob(network, set(layers.layers), task, best)
-        count("forward", column, theirs.forward)
-        count("TT step", column, theirs.step)
+    if "--ours" not in sys.argv:
+        from torch_steps import TorchFisher, TorchJob, torch_iteration  # torch takes long to import
 
-        count("iteration", column, partial(torch_iteration, theirs))
-        count("FullTrain step", column, TorchJob(network, set(full.layers), task, best).step)
-        count("Fisher pass", column, TorchFisher(network, inspected, task, best).gradients)
+        for best in (False, True):
+            column = "torch, best" if best else "torch, eager"
+            theirs = TorchJob(network, set(layers.layers), task, best)
+            count("forward", column, theirs.forward)
+            count("TT step", column, theirs.step)
+            count("iteration", column, partial(torch_iteration, theirs))
+            count("FullTrain step", column, TorchJob(network, set(full.layers), task, best).step)
+            count("Fisher pass", column, TorchFisher(network, inspected, task, best).gradients)
     regions.write(folder / "regions.json")
 
 
