@@ -22,7 +22,7 @@ from typing import Any
 
 import a53
 
-from tinytrain_ext.architectures import ARCHITECTURES
+from tinytrain_ext.architectures import ARCHITECTURES, operations
 from tinytrain_ext.bench.jobs import LayerShape, layer_shapes
 
 _PASSES = ("forward", "grad_input", "grad_weight")
@@ -178,10 +178,12 @@ def job(folders: list[Path]) -> list[dict[str, Any]]:
 
 
 def _weight_bytes(network: str) -> int:
-    """All weights of a network as float32: what a pass over it reads from memory."""
+    """All weights of the job's network as float32: what a pass over it reads from memory."""
+    graph = operations(ARCHITECTURES[network], feature_mix=network != "mcunet")
     return 4 * sum(
-        case.out_channels * case.kernel**2 * (1 if case.depthwise else case.in_channels)
-        for case in layer_shapes(network)
+        op.out_channels * op.kernel**2 * op.in_channels // op.groups
+        for op in graph
+        if op.kind == "conv"
     )
 
 
