@@ -76,12 +76,14 @@ def test_public_names_resolve():
 SCRIPT = """
 import sys
 sys.modules["torch"] = None  # as if it were not installed
+import numpy
+from memory import resident_bytes
+print(resident_bytes())
 import tinytrain_ext
 import tinytrain_ext.adapt
 assert callable(tinytrain_ext.adapt)
 for name in ("PIL", "safetensors", "tinytrain_ext._core"):
     assert name not in sys.modules, name
-from memory import resident_bytes
 print(resident_bytes())
 # What an adaptation needs: the engine, a decoder, the file format.
 for name in tinytrain_ext.__all__:
@@ -96,7 +98,10 @@ def test_importing_is_cheap_and_imports_no_torch():
     command = [sys.executable, "-c", SCRIPT]
     here = Path(__file__).parent  # where `memory` is
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=here).stdout
-    assert all(int(size) < 40_000_000 for size in output.split())
+    numpy, package, everything = map(int, output.split())
+    assert package - numpy < 4_000_000
+    assert everything - numpy < 12_000_000
+    assert everything < 45_000_000  # of which CPython 3.13 takes 3 million more than 3.11 does
 
 
 def parameters(signature):
