@@ -151,6 +151,21 @@ def test_split_names_match_but_for_blanks_and_punctuation(tmp_path: Path) -> Non
     assert found.classes == ("002_hard-leaved_pocket_orchid", "009_monk's_hood")
 
 
+def test_a_class_that_a_split_names_twice_is_one_class(tmp_path: Path) -> None:
+    write_images(tmp_path / "fruit", ["red_apples", "pears"])
+    write_split(tmp_path, "fruit.json", {"test": ["red apples", "red_apples", "red apples"]})
+    found = open_image_set(tmp_path, "fruit")
+    assert found.classes == ("red_apples",)
+    assert found.labels.tolist() == [0, 0]
+
+
+def test_a_class_s_very_name_goes_before_a_like_one(tmp_path: Path) -> None:
+    write_images(tmp_path / "fruit", ["a-b", "a_b", "c"])
+    write_split(tmp_path, "fruit.json", {"train": ["a_b"], "test": ["a-b"]})
+    assert open_image_set(tmp_path, "fruit").classes == ("a-b",)
+    assert open_image_set(tmp_path, "fruit:train").classes == ("a_b",)
+
+
 def test_traffic_signs_are_test_classes_whatever_a_split_says(tmp_path: Path) -> None:
     write_images(tmp_path / "traffic_sign", ["00000", "00001"])
     write_split(tmp_path, "meta_dataset/traffic_sign_splits.json", {"test": ["00.Speed limit"]})

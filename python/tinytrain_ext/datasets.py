@@ -91,12 +91,13 @@ def open_image_set(data: Path, name: str) -> ImageSet:
     elif subset not in ("", "test"):
         raise ValueError(f"{name}: expected a split file below {data / '_splits'}, found none")
     paths, labels = list_images(directory, classes)
-    homes = [_superclass(path) for path in classes]
+    homes = [_superclass(name) for name in classes]
     known = sorted(set(homes))
     tracks = None
     if folder_name in _FILMED:
         films = [
-            f"{label}/{p.name.rpartition('_')[0]}" for p, label in zip(paths, labels, strict=True)
+            f"{label}/{path.name.rpartition('_')[0]}"
+            for path, label in zip(paths, labels, strict=True)
         ]
         tracks = np.unique(films, return_inverse=True)[1].astype(np.int64)
     return ImageSet(
@@ -130,8 +131,8 @@ def read_split(path: Path, subset: str) -> tuple[str, ...]:
     subset has no class.
     """
     try:
-        split = json.loads(path.read_text())
-    except ValueError as error:
+        split = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a JSON object: {error}") from error
     if not isinstance(split, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(split).__name__}")
@@ -142,7 +143,7 @@ def read_split(path: Path, subset: str) -> tuple[str, ...]:
         found = [name for name, assigned in split.items() if assigned in words]
     if not found:
         raise ValueError(f"{path}: expected at least one class of {subset!r}, got none")
-    return tuple(sorted(map(str, found)))
+    return tuple(sorted({str(name) for name in found}))
 
 
 def list_images(directory: Path, classes: Sequence[str]) -> tuple[list[Path], NDArray[np.int64]]:
@@ -186,13 +187,15 @@ def _superclass(name: str) -> str:
 def _of_split(folders: Sequence[str], names: Sequence[str], split: Path) -> list[str]:
     """The folders that a split names, where blanks and punctuation may be written otherwise."""
     known = {_plain(folder): folder for folder in folders}
-    missing = [name for name in names if _plain(name) not in known]
+    known |= {folder: folder for folder in folders}  # its very name goes before any likeness
+    found = {name: known.get(name) or known.get(_plain(name)) for name in names}
+    missing = [name for name in names if found[name] is None]
     if missing:
         raise ValueError(
             f"{split}: expected a folder for every class, got none for {missing[0]!r} "
             f"({len(missing)} of {len(names)} are missing)"
         )
-    return sorted(known[_plain(name)] for name in names)
+    return sorted({folder for folder in found.values() if folder is not None})
 
 
 def _plain(name: str) -> str:
