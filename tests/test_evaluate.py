@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tinytrain_ext.architectures import ARCHITECTURES, random_network
 from tinytrain_ext.cli import main
 from tinytrain_ext.cost import profile
 from tinytrain_ext.datasets import cached_images, open_image_set
+from tinytrain_ext.errors import NonFiniteError
 from tinytrain_ext.evaluate import (
     METHODS,
     Domain,
@@ -113,6 +115,12 @@ def test_a_method_has_one_name(text: str, name: str) -> None:
         ("tinytrain:accounting=ours", "accounting: expected planner or paper"),
         ("lastlayer:optimizer=lion", "optimizer: expected .*, got 'lion'"),
         ("layer:ratio=1", "expected index=NUMBER"),
+        ("tinytrain:ratio=nan", "ratio: expected above 0, up to 1, got 'nan'"),
+        ("layer:index=1,ratio=1.5", "ratio: expected above 0, up to 1, got '1.5'"),
+        ("tinytrain:compute=0", "compute: expected a number above 0, got '0'"),
+        ("lastlayer:learning_rate=inf", "learning_rate: expected a number above 0, got 'inf'"),
+        ("lastlayer:iterations=-1", "iterations: expected a whole number from 0, got '-1'"),
+        ("tinytrain:blocks=0", "blocks: expected a whole number from 1, got '0'"),
     ],
 )
 def test_what_is_no_method_is_named(text: str, message: str) -> None:
@@ -284,6 +292,82 @@ def test_what_are_no_rows_is_named(tmp_path: Path) -> None:
     path.write_text("\n{\n")
     with pytest.raises(ValueError, match="line 1: expected a JSON object"):
         list(read_rows(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"digest": None}, ".* got none of digest"),
+        ({"accuracy": "high"}, "accuracy: expected float or int, got 'high'"),
+        ({"accuracy": float("nan")}, "accuracy: expected float or int, got nan"),
+        ({"domain": ["a"]}, r"domain: expected str, got \['a'\]"),
+        ({"views": "8"}, "views: expected int or NoneType, got '8'"),
+        ({"layers": {"one": ["out", "1"]}}, r"layers: expected \{layer: .*got 'one'"),
+        ({"layers": {"1": ["out", "0"]}}, "layers: expected .*got '1'"),
+        ({"layers": {"1": "out"}}, "layers: expected .*got '1'"),
+    ],
+)
+def test_what_is_wrong_in_a_row_is_named(
+    domains: list[Domain], tmp_path: Path, cache: Path, change: dict[str, Any], message: str
+) -> None:
+    (row, *_) = run(domains[:1], tmp_path, cache, parsed("none"))
+    wrong = {**row, **change}
+    if change == {"digest": None}:
+        del wrong["digest"]
+    with (tmp_path / "rows-0-of-1.jsonl").open("a") as file:
+        file.write(json.dumps(wrong) + "\n")
+    with pytest.raises(ValueError, match=f"rows-0-of-1.jsonl, line 3: {message}"):
+        list(read_rows(tmp_path))
+
+
+def test_lines_that_nest_without_end_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows-0-of-1.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match="line 1: "):
+        list(read_rows(tmp_path))
+
+
+def test_what_is_given_twice_is_done_once(
+    domains: list[Domain], tmp_path: Path, cache: Path
+) -> None:
+    methods = parsed("none", "lastlayer:iterations=1", "lastlayer:iterations=1")
+    rows = run([domains[0], domains[0]], tmp_path, cache, methods)
+    assert len(rows) == 2 * 2
+    assert len(list(read_rows(tmp_path))) == len(rows)
+
+
+def test_rows_with_and_without_fixed_views_lie_together(
+    domains: list[Domain], tmp_path: Path, cache: Path
+) -> None:
+    methods = parsed("lastlayer:iterations=1")
+    for views in (None, 2):
+        assert len(run(domains[:1], tmp_path, cache, methods, views=views)) == 2
+    assert [row["views"] for row in merged_rows([tmp_path])] == [None, 2, None, 2]
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("layer:index=99", "'layer:index=99': index: network 'tiny' has .* got 99"),
+        ("layer:index=-99", "got -99"),
+        ("sparseupdate", "'sparseupdate': network: no SparseUpdate policy"),
+        ("tinytrain:budget=sparseupdate", "no SparseUpdate policy"),
+    ],
+)
+def test_methods_that_do_not_fit_a_network_fail_before_any_work(
+    domains: list[Domain], tmp_path: Path, cache: Path, method: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(domains, tmp_path, cache, parsed("none", method))
+    assert list(read_rows(tmp_path)) == []
+
+
+def test_a_method_that_diverges_is_named(
+    domains: list[Domain], tmp_path: Path, cache: Path
+) -> None:
+    name = "lastlayer:learning_rate=1e+30,optimizer=sgd"
+    with pytest.raises(NonFiniteError, match=re.escape(f"network 'tiny', method {name!r}: ")):
+        run(domains, tmp_path, cache, parsed("none", name))
+    assert len(list(read_rows(tmp_path))) == 1
 
 
 EVERY = [
@@ -459,6 +543,10 @@ def test_the_command(
     assert set(cells) == {(m, d) for m in ("none", TINYTRAIN) for d in (*DOMAINS, "all")}
     assert len(list(read_rows(tmp_path / "out"))) == 8
     mean = cells["none", "all"]["mean"]
+    # One task has no interval, and JSON no word for that but null.
+    assert main([*command, "--json", "--tasks", "1"]) == 0
+    single = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert {row["interval"] for row in single["accuracy"] if row["domain"] != "all"} == {None}
     # Once more, from the rows: as text, with another reference.
     assert main([*command, "--reference", "none"]) == 0
     text = capsys.readouterr().out

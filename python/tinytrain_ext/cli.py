@@ -11,7 +11,6 @@ input, 3 the budget cannot be met, 130 interrupted. Files are written whole or n
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import importlib.util
 import io
@@ -36,8 +35,21 @@ from . import report
 from .adapt import AdaptResult, adapt, classify
 from .architectures import ARCHITECTURES
 from .cost import Profile, inspected_layers, profile
+from .datasets import open_image_set
 from .demo import draw_task, save_images
+from .episodes import MAX_SUPPORT, MAX_WAYS
 from .errors import BudgetExceeded, ImageError, NonFiniteError
+from .evaluate import (
+    METHODS,
+    PROTOCOLS,
+    Domain,
+    Method,
+    Rows,
+    digest_of,
+    evaluate,
+    merged_rows,
+    summary,
+)
 from .exporters import check_onnx, to_onnx
 from .images import LabelledImages, load_folder, load_images
 from .importers import import_int8
@@ -72,7 +84,16 @@ class Command(NamedTuple):
 
     run: Callable[[argparse.Namespace], Document | None]  # None: another process prints it
     render: Callable[[Document], str]
-    render_json: Callable[[Document], str] = functools.partial(json.dumps, indent=2)
+    render_json: Callable[[Document], str] = lambda document: json.dumps(_json(document), indent=2)
+
+
+def _json(value: Any) -> Any:
+    """The same with null for what is no number: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {name: _json(of) for name, of in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(of) for of in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         own = "memory" in args  # the budget is this command's, not a method's
         return _fail(args, EXIT_BUDGET, _larger_budget(args, error) if own else str(error))
     except NonFiniteError as error:
-        return _fail(args, EXIT_UNEXPECTED, f"{error}; give a smaller --learning-rate")
+        hint = "; give a smaller --learning-rate" if "learning_rate" in args else ""
+        return _fail(args, EXIT_UNEXPECTED, f"{error}{hint}")
     except ArithmeticError as error:
         return _fail(args, EXIT_UNEXPECTED, str(error))
     except BrokenPipeError:
@@ -255,9 +277,6 @@ def run_export(args: argparse.Namespace) -> Document:
 def run_evaluate(args: argparse.Namespace) -> Document | None:
     """`tinytrain evaluate`: methods compared on few-shot tasks; under torchrun, tasks are shared
     out over the processes."""
-    from .datasets import open_image_set
-    from .evaluate import Domain, Method, Rows, evaluate, summary
-
     if args.report is not None:
         _need_matplotlib()
         args.report.mkdir(parents=True, exist_ok=True)
@@ -307,8 +326,6 @@ def run_evaluate(args: argparse.Namespace) -> Document | None:
 
 def run_report(args: argparse.Namespace) -> Document:
     """`tinytrain report`: a page of the rows of evaluations; runs no task."""
-    from .evaluate import digest_of, merged_rows
-
     _need_matplotlib()
     networks = _named_networks(args.network)
     rows = merged_rows(args.rows)
@@ -830,7 +847,7 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=["none", "lastlayer", "fulltrain", "sparseupdate", "tinytrain"],
+        default=METHODS[:-1],
         metavar="METHOD",
         help="KIND or KIND:OPTION=VALUE,... such as tinytrain:ratio=0.25,memory=524288; kinds: "
         "none, lastlayer, fulltrain, sparseupdate (published for the paper's three networks), "
@@ -858,17 +875,17 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--protocol",
-        choices=("tracks", "meta-dataset"),
-        default="tracks",
+        choices=PROTOCOLS,
+        default=PROTOCOLS[0],
         help="tracks: frames of one film never are support and query of a task (default); "
         "meta-dataset: they may be, as in the original",
     )
     parser.add_argument(
         "--largest-support",
-        type=_whole(50),
-        default=500,
+        type=_whole(MAX_WAYS),
+        default=MAX_SUPPORT,
         metavar="N",
-        help="most support images of a task (default: 500, Meta-Dataset's)",
+        help=f"most support images of a task (default: {MAX_SUPPORT}, Meta-Dataset's)",
     )
     parser.add_argument(
         "--views",

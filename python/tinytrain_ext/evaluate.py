@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +28,7 @@ from .adapt import adapt, inspect
 from .cost import Profile, inspected_layers, profile
 from .datasets import ImageSet, cached_images
 from .episodes import MAX_SUPPORT, VariousEpisodes, mean_and_interval
-from .errors import BudgetExceeded
+from .errors import BudgetExceeded, NonFiniteError
 from .fisher import fisher_pass
 from .network import Network
 from .protonet import cosine_logits
@@ -47,13 +49,18 @@ from .views import Views
 __all__ = [
     "LEARNING_RATES",
     "METHODS",
+    "PROTOCOLS",
+    "SETTINGS",
     "Domain",
     "Method",
     "Row",
     "Rows",
     "Task",
+    "channels_of",
+    "digest_of",
     "evaluate",
     "merged_rows",
+    "read_rows",
     "summary",
 ]
 
@@ -81,11 +88,35 @@ def _flag(text: str) -> bool:
     return text == "1"
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise ValueError(f"expected above 0, up to 1, got {text!r}")
+    return value
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise ValueError(f"expected a whole number from {least}, got {text!r}")
+        return value
+
+    return read
+
+
 # Options of a method: how to read each, and which methods take it.
 _TRAINING: dict[str, Callable[[str], Any]] = {
     "optimizer": str,
-    "learning_rate": float,
-    "iterations": int,
+    "learning_rate": _positive,
+    "iterations": _whole(0),
     "prototype_gradient": _flag,
 }
 _OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
@@ -97,16 +128,16 @@ _OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
         **_TRAINING,
         "biases": _flag,
         "criterion": str,
-        "ratio": float,
-        "memory": int,
-        "compute": float,
+        "ratio": _share,
+        "memory": _whole(1),
+        "compute": _positive,
         "accounting": str,
         "budget": str,
         "per": str,
-        "blocks": int,
+        "blocks": _whole(1),
         "channels": str,
     },
-    "layer": {**_TRAINING, "index": int, "ratio": float},
+    "layer": {**_TRAINING, "index": int, "ratio": _share},
 }
 _PER: dict[str, tuple[str, ...]] = {
     "weights+macs": ("weights", "macs"),
@@ -282,22 +313,54 @@ class Rows:
 def read_rows(folder: Path) -> Iterator[Row]:
     """The rows of all of a folder's rows-*.jsonl; a line that is not yet complete is left out.
 
-    Raises ValueError naming the file and line that holds no row.
+    Raises ValueError naming the file and line that holds no row, and what of it is wrong.
     """
     for path in sorted(folder.glob("rows-*.jsonl")):
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}, line {number}: expected a JSON object: {error}"
-                ) from error
-            if not (isinstance(row, dict) and row.keys() >= set(_KEY)):
-                raise ValueError(f"{path}, line {number}: expected {', '.join(_KEY)}")
+                row = _checked_row(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
             yield row
 
 
-_KEY = ("network", "domain", "task", "method", "seed", "protocol", "largest_support", "views")
+# Rows are compared only where these are the same.
+SETTINGS = ("seed", "protocol", "largest_support", "views")
+_KEY = ("network", "domain", "task", "method", *SETTINGS)
+# What summaries and reports take from a row, and of which type; there are more.
+_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(_KEY, (int,)),
+    **dict.fromkeys(("network", "domain", "method", "protocol", "digest"), (str,)),
+    "views": (int, type(None)),
+    **dict.fromkeys(("ways", "support", "query", "updated_weights", "backward_macs"), (int,)),
+    **dict.fromkeys(("paper_bytes", "planner_bytes"), (int,)),
+    **dict.fromkeys(("accuracy", "seconds", "selection_seconds", "cpu_seconds"), (float, int)),
+    "layers": (dict,),
+}
+_MASK = re.compile(r"0*[1-9a-f][0-9a-f]*")
+
+
+def _checked_row(line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"expected a JSON object: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"expected {', '.join(_FIELDS)}; got {type(row).__name__}")
+    missing = [name for name in _FIELDS if name not in row]
+    if missing:
+        raise ValueError(f"expected {', '.join(_FIELDS)}; got none of {', '.join(missing)}")
+    for name, types in _FIELDS.items():
+        value = row[name]
+        if not isinstance(value, types) or (isinstance(value, float) and not math.isfinite(value)):
+            expected = " or ".join(of.__name__ for of in types)
+            raise ValueError(f"{name}: expected {expected}, got {value!r:.60}")
+    for layer, update in row["layers"].items():
+        pair = isinstance(update, list) and len(update) == 2
+        if not (layer.isdecimal() and pair and _MASK.fullmatch(str(update[1]))):
+            got = f"{layer!r:.20}: {update!r:.60}"
+            raise ValueError(f"layers: expected {{layer: [axis, mask]}}, got {got}")
+    return row
 
 
 def merged_rows(folders: Iterable[Path]) -> list[Row]:
@@ -324,7 +387,7 @@ def merged_rows(folders: Iterable[Path]) -> list[Row]:
 
 def key_of(row: Row) -> tuple[Any, ...]:
     """What makes a row that row; results are sorted by it."""
-    return tuple(row[name] for name in _KEY)
+    return *(row[name] for name in _KEY[:-1]), row["views"] or 0  # None does not sort with numbers
 
 
 def evaluate(
@@ -349,10 +412,14 @@ def evaluate(
     (`cached_images`); progress: called with (phase, done, total).
     Returns this process's rows, sorted; they do not depend on threads or processes, but for times.
 
-    Raises ValueError where `rows` holds results of other weights under a network's name,
-    BudgetExceeded naming the method whose budget cannot be met, OSError and ImageError for images
-    that cannot be read.
+    Raises ValueError for a method that a network cannot be trained by, and where `rows` holds
+    results of other weights under a network's name; BudgetExceeded naming the method whose budget
+    cannot be met, NonFiniteError the one that diverged; OSError and ImageError for images that
+    cannot be read.
     """
+    for name, network in networks.items():
+        for method in methods:
+            _check_method(method, name, network)
     report = progress or (lambda phase, done, total: None)
     digests = {name: digest_of(network) for name, network in networks.items()}
     done: dict[tuple[Any, ...], Row] = {}
@@ -370,7 +437,7 @@ def evaluate(
         for index, (number, domain) in enumerate(product(range(tasks), domains))
         if index % size == rank
     ]
-    found: list[Row] = []
+    found: dict[tuple[Any, ...], Row] = {}
     for count, (domain, number) in enumerate(units):
         for name, network in networks.items():
             task = None
@@ -383,8 +450,8 @@ def evaluate(
                     **domain.settings,
                     "views": views,
                 }
-                known = done.get(key_of(place))
-                if known is None:
+                key = key_of(place)
+                if key not in done:
                     if task is None:
                         report("tasks", count, len(units))
                         images = cached_images(
@@ -403,11 +470,32 @@ def evaluate(
                             needed_bytes=error.needed_bytes,
                             needed_compute=error.needed_compute,
                         ) from error
-                    known = {**place, "digest": digests[name], **outcome}
-                    rows.add(known)
-                found.append(known)
+                    except NonFiniteError as error:
+                        raise NonFiniteError(
+                            f"network {name!r}, method {method.name!r}: {error}; give it a smaller "
+                            "learning_rate"
+                        ) from error
+                    done[key] = {**place, "digest": digests[name], **outcome}
+                    rows.add(done[key])
+                found[key] = done[key]
     report("tasks", len(units), len(units))
-    return sorted(found, key=key_of)
+    return [found[key] for key in sorted(found)]
+
+
+def _check_method(method: Method, name: str, network: Network) -> None:
+    """Finds before any work what would fail on the first task."""
+    count = len(network.convolutions)
+    index = method.options.get("index", 0)
+    if not -count <= index < count:
+        raise ValueError(
+            f"method {method.name!r}: index: network {name!r} has {count} convolutions, "
+            f"expected {-count} to {count - 1}, got {index}"
+        )
+    if method.kind == "sparseupdate" or "budget" in method.options:
+        try:
+            sparse_update(network)
+        except ValueError as error:
+            raise ValueError(f"method {method.name!r}: {error}") from error
 
 
 def run_task(
