@@ -20,7 +20,7 @@ from .fisher import FisherPass, fisher_pass
 from .heldout import held_out_gain, reachable_layers
 from .network import Network
 from .protonet import leave_one_out, loss_and_gradients, probabilities, unknown_threshold
-from .selection import Budget, UpdatePolicy, select
+from .selection import CRITERIA, Budget, UpdatePolicy, select
 from .views import PseudoQueries, Views
 
 if TYPE_CHECKING:
@@ -59,11 +59,12 @@ class AdaptResult:
     """An adapted network, and how it came about.
 
     network: with its classes, prototypes and `unknown_below`; policy: what was trained;
-    fisher: of the selection, None where the policy was given; plan: the memory plan of
-    fine-tuning; arena_high_water: bytes of the engine's arena really touched, over all phases;
+    fisher: what the selection asked of the support set (`inspect`: Fisher information, or gains of
+    criterion "held_out"), None where the policy was given; plan: the memory plan of fine-tuning;
+    arena_high_water: bytes of the engine's arena really touched, over all phases;
     cache_bytes: beside it, prefix outputs of a fixed set of views;
-    timings: seconds for "fisher", "selection", "embed" and "fine_tuning"; history: one entry an
-    iteration.
+    timings: seconds for "fisher" (by either criterion), "selection", "embed" and "fine_tuning";
+    history: one entry an iteration.
     """
 
     network: Network
@@ -110,8 +111,8 @@ def adapt(
 
     images: (N, H, W, 3) uint8, the support set; labels: (N,) int64 in 0..ways-1, every class at
     least once; classes: names of the classes ("0", "1", ... by default).
-    budget: Budget() by default; with a given `policy`, which replaces Fisher information and
-    selection, no limit by default. criterion, ratio, biases: see `select`.
+    budget: Budget() by default; with a given `policy`, which replaces inspection and selection, no
+    limit by default. criterion, ratio, biases: see `select`.
     optimizer: one of `session.OPTIMIZERS`; learning_rate: 1e-3 by default for "adam", 1e-2 for
     "momentum", 1e-1 for "sgd" and "in_place_sgd".
     views: a fixed set of pseudo-query views with a cache of what the frozen prefix makes of them;
@@ -247,13 +248,15 @@ def inspect(
 ) -> FisherPass:
     """What `select` wants to know of the support set by `criterion`: {layer: (O,)}, and its cost.
 
-    Fisher information (Eq. 2) of `inspected_layers`, or held-out gains of `reachable_layers`;
-    layers: others than these. Raises as `adapt` does.
+    criterion: "tinytrain", Fisher information (Eq. 2) of `inspected_layers`; "held_out", gains
+    (`held_out_gain`) of `reachable_layers`. layers: others than these; rng: for the augmentation.
+    Raises BudgetExceeded when the budget's memory does not carry it, ValueError for another
+    criterion.
     """
-    ask = {"tinytrain": fisher_pass, "held_out": held_out_gain}
-    if criterion not in ask:
-        raise ValueError(f"criterion: expected {' or '.join(ask)}, got {criterion!r}")
-    return ask[criterion](
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion: expected {' or '.join(CRITERIA)}, got {criterion!r}")
+    ask = held_out_gain if criterion == "held_out" else fisher_pass
+    return ask(
         network,
         images,
         labels,
@@ -397,7 +400,7 @@ def _smallest(
     criterion: str,
     choose: Callable[..., UpdatePolicy],
 ) -> BudgetExceeded:
-    """The error of a Fisher pass that does not fit, naming a budget that carries selection, too."""
+    """The error of an inspection that does not fit, naming a budget that carries selection, too."""
     uniform = {
         layer: np.ones(costs.layers[layer].out_channels)
         for layer in _asked(costs, budget, criterion)
@@ -406,7 +409,8 @@ def _smallest(
         choose(uniform, budget=dataclasses.replace(budget, memory_bytes=1))
     except BudgetExceeded as selection:
         needed = max(error.needed_bytes or 0, selection.needed_bytes or 0)
-        message = f"Fisher pass: {error}; an adaptation needs at least {needed} bytes"
+        asked = "held-out gains" if criterion == "held_out" else "Fisher pass"
+        message = f"{asked}: {error}; an adaptation needs at least {needed} bytes"
         return BudgetExceeded(message, needed, selection.needed_compute)
     return error
 

@@ -15,7 +15,7 @@ Photos pass one at a time; sums are kept for as many layers at once as the memor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,8 @@ def reachable_layers(costs: Profile, budget: Budget) -> tuple[int, ...]:
     """Convolutions worth asking: pointwise or dense with a rectifier, within the compute budget.
 
     In inverted residuals these are the expansions. Depthwise convolutions promise next to nothing
-    a byte, and linear projections more than they keep (docs/results.md). Where none is within
-    the budget, the last convolution.
+    a byte, and linear projections more than they keep (docs/results.md). Where no such one is
+    within the budget, the last convolution that is; where none is at all, the network's last.
     """
     within = [
         row.layer
@@ -57,7 +57,7 @@ def held_out_gain(
     labels: NDArray[np.int64],
     *,
     rng: np.random.Generator,
-    layers: Sequence[int],
+    layers: Iterable[int],
     threads: int = 1,
     memory_bytes: int | None = None,
     frozen_weights: str = "float32",
@@ -73,19 +73,20 @@ def held_out_gain(
 
     ways = int(labels.max()) + 1
     costs = profile(network)
+    layers = sorted(layers)
     options: dict[str, Any] = {
         "optimizer": "sgd",
         "max_ways": ways,
         "frozen_weights": frozen_weights,
     }
     augmentation = draw_augmentation(len(images), network.input_size, rng)
-    gains = {layer: np.zeros(costs.layers[layer].out_channels) for layer in sorted(layers)}
+    gains = {layer: np.zeros(costs.layers[layer].out_channels) for layer in layers}
     plans, high_water = [], 0
     for policy in _parts(network, costs, layers, memory_bytes, options):
         room = None if memory_bytes is None else memory_bytes - _sum_bytes(costs, policy)
         session = Session(network, policy, memory_bytes=room, threads=threads, **options)
         session.set_prototypes(images, labels, ways)
-        sizes = np.concatenate(
+        sizes = np.concatenate(  # weights of each channel, in the gradient's order
             [
                 np.full(len(update.channels), _channel_size(costs, layer))
                 for layer, update in policy.layers.items()
@@ -124,14 +125,14 @@ def _parts(
     memory_bytes: int | None,
     options: dict[str, Any],
 ) -> list[UpdatePolicy]:
-    """All channels of `layers`, in parts whose gradients and sums fit; late layers first."""
+    """All channels of `layers` (ascending), in parts whose gradients and sums fit; late first."""
     from .session import plan
 
     def needed(policy: UpdatePolicy) -> int:
         return plan(network, policy, **options).peak_bytes + _sum_bytes(costs, policy)
 
     parts: list[UpdatePolicy] = []
-    waiting = [(layer, range(costs.layers[layer].out_channels)) for layer in sorted(layers)]
+    waiting = [(layer, range(costs.layers[layer].out_channels)) for layer in layers]
     while waiting:
         layer, channels = waiting.pop()
         alone = UpdatePolicy({layer: channels})
@@ -149,7 +150,8 @@ def _parts(
         else:
             smallest = max(needed(UpdatePolicy({layer: (0,)})) for layer in layers)
             raise BudgetExceeded(
-                f"held-out gain: expected at least {smallest} bytes, got {memory_bytes}",
+                f"memory_bytes: expected at least {smallest} for the arena and the sums beside it, "
+                f"got {memory_bytes}",
                 needed_bytes=smallest,
             )
     return parts

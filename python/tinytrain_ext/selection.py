@@ -279,9 +279,10 @@ def _fill(
     fits: Callable[[UpdatePolicy], bool],
 ) -> tuple[_Layers, list[UpdatePolicy]]:
     """The reach and the channels of largest gain, and single channels that did not fit."""
-    layers = np.concatenate([np.full(len(np.asarray(gains[k])), k) for k in sorted(gains)])
-    channels = np.concatenate([np.arange(len(np.asarray(gains[k]))) for k in sorted(gains)])
-    values = np.concatenate([np.asarray(gains[k], np.float64) for k in sorted(gains)])
+    of = {k: np.asarray(gains[k], np.float64) for k in sorted(gains)}
+    layers = np.concatenate([np.full(len(gain), k) for k, gain in of.items()])
+    channels = np.concatenate([np.arange(len(gain)) for gain in of.values()])
+    values = np.concatenate(list(of.values()))
     sizes = np.array([profile.layers[k].weights / profile.layers[k].out_channels for k in layers])
     order = np.argsort(-values / sizes, kind="stable")  # lower layers and channels first in a tie
 
@@ -293,7 +294,7 @@ def _fill(
 
     best: tuple[float, _Layers] = (-1.0, {})
     refused: list[UpdatePolicy] = []
-    for first in sorted(gains, reverse=True):
+    for first in reversed(of):
         # Its best channel is always in, or it would not be the reach; others where they promise.
         own = order[layers[order] == first][0]
         others = order[(layers[order] >= first) & (values[order] > 0) & (order != own)]
