@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         sparse_update,
     )
     from .session import Session
+    from .views import Views
 
 __all__ = [
     "Budget",
@@ -40,6 +41,7 @@ __all__ = [
     "NonFiniteError",
     "Session",
     "UpdatePolicy",
+    "Views",
     "adapt",
     "classify",
     "default_network",
