@@ -258,6 +258,24 @@ def test_names_are_text_never_markup(tmp_path: Path) -> None:
         write_report([], "none", tmp_path)
 
 
+def test_a_dollar_in_a_name_is_a_dollar(tmp_path: Path) -> None:
+    domains = [r"$\bad{", "$x$"]  # neither is a formula, the first not even a whole one
+    rows = made_up_rows({"small": NETWORK}, domains, ["tinytrain"], 2)
+    page = write_report(rows, "tinytrain", tmp_path).read_text(encoding="utf-8")
+    drawing = page.split('<section id="selection">')[1].split("</section>")[0]
+    assert all(f">{domain}</text>" in drawing for domain in domains)
+
+
+def test_a_reference_without_rows_is_said(tmp_path: Path) -> None:
+    rows = made_up_rows({"tiny": tiny_network()}, ["omniglot"], ["none", "lastlayer"], 2)
+    for reference, sentence in (
+        ("tinytrain", "There are no differences: no row is of TinyTrain"),
+        ("none", "Differences are to None and paired"),
+    ):
+        page = write_report(rows, reference, tmp_path).read_text(encoding="utf-8")
+        assert sentence in text_of(page)
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = tiny_network()
     network.save(tmp_path / "tiny.safetensors")
