@@ -85,7 +85,8 @@ class PackedMatrix {
     return {values_.data() + offsets_[column], static_cast<int64_t>(widths_[column]) << paired(column), paired(column)};
   }
   T& at(int64_t row, int column) {
-    return paired(column) ? this->column(column)[row] : values_.data()[offsets_[column] + row * widths_[column]];
+    const int64_t width = widths_[column];
+    return values_.data()[offsets_[column] + (paired(column) ? row / 2 * (2 * width) + row % 2 : row * width)];
   }
   T at(int64_t row, int column) const { return const_cast<PackedMatrix*>(this)->at(row, column); }
   // The values of a row from `column` to its panel's end: how many, and how far apart.
