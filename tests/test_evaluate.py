@@ -91,6 +91,7 @@ def parsed(*texts: str) -> list[Method]:
         ("sparseupdate:biases=1", "sparseupdate:biases=1"),
         ("lastlayer:learning_rate=1e-2", "lastlayer:learning_rate=0.01"),
         ("layer:ratio=1,index=-3", "layer:index=-3,ratio=1.0"),
+        ("tinytl:learning_rate=3e-3,biases=1", "tinytl:biases=1,learning_rate=0.003"),
     ],
 )
 def test_a_method_has_one_name(text: str, name: str) -> None:
@@ -105,6 +106,7 @@ def test_a_method_has_one_name(text: str, name: str) -> None:
         ("everything", "'everything': expected one of none, lastlayer, .*layer"),
         ("", "expected one of none"),
         ("none:ratio=1", "expected no options as NAME=VALUE, got 'ratio=1'"),
+        ("tinytl:ratio=0.5", "expected learning_rate, iterations, biases as NAME=VALUE"),
         ("fulltrain:biases=1", "expected optimizer, .* got 'biases=1'"),
         ("tinytrain:ratio", "as NAME=VALUE, got 'ratio'"),
         ("tinytrain:ratio=1,ratio=1", "got 'ratio=1'"),
@@ -359,6 +361,18 @@ def test_methods_that_do_not_fit_a_network_fail_before_any_work(
     with pytest.raises(ValueError, match=message):
         run(domains, tmp_path, cache, parsed("none", method))
     assert list(read_rows(tmp_path)) == []
+
+
+def test_tinytl_without_pytorch_names_the_extra(
+    domains: list[Domain], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "tinytrain_ext.offline.tinytl", raising=False)
+    message = r"method 'tinytl': needs PyTorch, pip install 'tinytrain_ext\[torch\]'"
+    with pytest.raises(ValueError, match=message):
+        run(domains, tmp_path, cache, parsed("none", "tinytl"))
+    assert list(read_rows(tmp_path)) == []
+    assert run(domains, tmp_path, cache, ALL) != []  # the others need none
 
 
 def test_a_method_that_diverges_is_named(

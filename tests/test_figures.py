@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 DOMAINS = ["traffic_sign", "omniglot"]
-METHODS = ["none", "lastlayer", "fulltrain", "sparseupdate", "tinytrain"]
+METHODS = ["none", "lastlayer", "fulltrain", "tinytl", "sparseupdate", "tinytrain"]
 ABLATIONS = [
     "tinytrain:ratio=0.25",
     *(f"tinytrain:channels={rule},ratio={r}" for rule in ("random", "l2") for r in (0.25, 0.5)),
@@ -176,6 +176,8 @@ def test_costs_are_in_both_accountings(rows: list[Row], page: str) -> None:
     times = "\N{MULTIPLICATION SIGN}"
     for method in METHODS[1:]:
         for what in ("paper_bytes", "planner_bytes"):
+            if (method, what) == ("tinytl", "planner_bytes"):
+                continue  # the engine plans none
             size, base = mean(method, what), mean("tinytrain", what)
             assert f"{size / 2**20:.2f} MiB {size / base:.2f}{times}" in shown
         assert f"{mean(method, 'backward_macs') / 1e6:.2f} M" in shown

@@ -847,12 +847,12 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=METHODS[:-1],
+        default=[kind for kind in METHODS if kind not in ("tinytl", "layer")],
         metavar="METHOD",
         help="KIND or KIND:OPTION=VALUE,... such as tinytrain:ratio=0.25,memory=524288; kinds: "
-        "none, lastlayer, fulltrain, sparseupdate (published for the paper's three networks), "
-        "tinytrain, layer (default: all but the last); docs/evaluation.md has "
-        "the options",
+        "none, lastlayer, fulltrain, tinytl (needs PyTorch), sparseupdate (published for the "
+        "paper's three networks), tinytrain, layer (default: all but tinytl and layer); "
+        "docs/evaluation.md has the options",
     )
     parser.add_argument(
         "--tasks", type=_whole(1), default=30, metavar="N", help="of each domain; default: 30"

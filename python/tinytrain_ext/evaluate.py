@@ -16,7 +16,8 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .adapt import adapt, inspect
+from .adapt import Iteration, adapt, inspect
 from .cost import Profile, inspected_layers, profile
 from .datasets import ImageSet, cached_images
 from .episodes import MAX_SUPPORT, VariousEpisodes, mean_and_interval
@@ -67,8 +68,9 @@ __all__ = [
 Row = dict[str, Any]
 Progress = Callable[[str, int, int], None]
 
-METHODS = ("none", "lastlayer", "fulltrain", "sparseupdate", "tinytrain", "layer")
+METHODS = ("none", "lastlayer", "fulltrain", "tinytl", "sparseupdate", "tinytrain", "layer")
 PROTOCOLS = ("tracks", "meta-dataset")
+ITERATIONS = 40
 CACHE_BYTES = 512 << 20  # for a fixed set of views; a machine that evaluates is no device
 
 # Adam's, chosen per method on the validation episodes of docs/results.md, never on a test domain.
@@ -76,6 +78,7 @@ LEARNING_RATES = {
     "none": 0.0,
     "lastlayer": 3e-3,
     "fulltrain": 1e-4,
+    "tinytl": 1e-3,
     "sparseupdate": 1e-3,
     "tinytrain": 1e-3,
     "layer": 1e-3,
@@ -123,6 +126,7 @@ _OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
     "none": {},
     "lastlayer": {**_TRAINING, "biases": _flag},
     "fulltrain": _TRAINING,
+    "tinytl": {"learning_rate": _positive, "iterations": _whole(0), "biases": _flag},
     "sparseupdate": {**_TRAINING, "biases": _flag},
     "tinytrain": {
         **_TRAINING,
@@ -171,7 +175,8 @@ class Method:
         """Reads KIND or KIND:OPTION=VALUE,... Raises ValueError naming what is wrong.
 
         All but "none" take learning_rate, optimizer, iterations and prototype_gradient (0 or 1);
-        lastlayer, sparseupdate and tinytrain biases (0 or 1).
+        lastlayer, sparseupdate and tinytrain biases (0 or 1). tinytl takes learning_rate,
+        iterations and biases only.
         tinytrain takes what `select` takes: criterion, ratio, memory (bytes), compute (share),
         accounting; budget=sparseupdate, the memory and compute of that method's policy instead;
         and for ablations per (what the score divides by: "weights+macs", "weights", "macs" or
@@ -333,7 +338,8 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("network", "domain", "method", "protocol", "digest"), (str,)),
     "views": (int, type(None)),
     **dict.fromkeys(("ways", "support", "query", "updated_weights", "backward_macs"), (int,)),
-    **dict.fromkeys(("paper_bytes", "planner_bytes"), (int,)),
+    "paper_bytes": (int,),
+    "planner_bytes": (int, type(None)),
     **dict.fromkeys(("accuracy", "seconds", "selection_seconds", "cpu_seconds"), (float, int)),
     "layers": (dict,),
 }
@@ -491,11 +497,19 @@ def _check_method(method: Method, name: str, network: Network) -> None:
             f"method {method.name!r}: index: network {name!r} has {count} convolutions, "
             f"expected {-count} to {count - 1}, got {index}"
         )
-    if method.kind == "sparseupdate" or "budget" in method.options:
-        try:
+    try:
+        if method.kind == "sparseupdate" or "budget" in method.options:
             sparse_update(network)
-        except ValueError as error:
-            raise ValueError(f"method {method.name!r}: {error}") from error
+        if method.kind == "tinytl":
+            from .offline.tinytl import block_ends  # here: no other method needs PyTorch
+
+            block_ends(network)
+    except ImportError as error:
+        raise ValueError(
+            f"method {method.name!r}: needs PyTorch, pip install 'tinytrain_ext[torch]' ({error})"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"method {method.name!r}: {error}") from error
 
 
 def run_task(
@@ -507,9 +521,50 @@ def run_task(
     threads: int = 1,
 ) -> Row:
     """Adapts `network` to one task by `method`; accuracy, costs, policy and times as a row."""
+    train = _by_tinytl if method.kind == "tinytl" else _by_policy
+    start = time.perf_counter(), time.process_time()
+    trained = train(
+        network, costs, method, task, None if views is None else Views(views, CACHE_BYTES), threads
+    )
+    seconds, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+    logits = cosine_logits(trained.embed(task.queries), trained.prototypes, 1.0)
+    return {
+        "ways": int(task.labels.max()) + 1,
+        "support": len(task.labels),
+        "query": len(task.targets),
+        "accuracy": float((logits.argmax(axis=1) == task.targets).mean()),
+        "learning_rate": method.learning_rate,
+        **trained.costs(),
+        "final_loss": trained.history[-1].loss if trained.history else None,
+        "seconds": round(seconds, 4),
+        "selection_seconds": round(trained.selection_seconds, 4),
+        "cpu_seconds": round(cpu, 4),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Trained:
+    """What a method made of a network: how it embeds photos, and what a row says of it."""
+
+    embed: Callable[[NDArray[np.uint8]], NDArray[Any]]
+    prototypes: NDArray[np.float32]
+    history: Sequence[Iteration]
+    selection_seconds: float
+    costs: Callable[[], Row]
+
+
+def _by_policy(
+    network: Network,
+    costs: Profile,
+    method: Method,
+    task: Task,
+    views: Views | None,
+    threads: int,
+) -> _Trained:
+    """By the engine: everything but TinyTL."""
     options = dict(method.options)
     optimizer = options.get("optimizer", "adam")
-    start = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
     policy = _policy(network, costs, method, task, threads)
     selected = time.perf_counter()
     result = adapt(
@@ -517,44 +572,78 @@ def run_task(
         task.images,
         task.labels,
         policy=policy,
-        iterations=options.get("iterations", 40),
+        iterations=options.get("iterations", ITERATIONS),
         optimizer=optimizer,
         learning_rate=method.learning_rate,
-        views=None if views is None else Views(views, CACHE_BYTES),
+        views=views,
         prototype_gradient=options.get("prototype_gradient", False),
         threads=threads,
         seed=task.seed,
     )
-    seconds, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+
+    def row() -> Row:
+        whole = method.kind == "fulltrain"
+        limit = _limit(network, costs, method)
+        return {
+            "updated_weights": costs.updated_weights(policy),
+            "updated_biases": sum(costs.layers[layer].out_channels for layer in policy.biases),
+            "backward_macs": costs.full_train_macs if whole else costs.backward_macs(policy),
+            "paper_bytes": costs.memory_bytes(policy, optimizer),
+            "planner_bytes": plan(
+                network, policy, optimizer=optimizer, memory_bytes=limit
+            ).peak_bytes,
+            "layers": {
+                str(layer): [update.axis, _mask(update.channels)]
+                for layer, update in policy.layers.items()
+                if method.kind in ("tinytrain", "layer")  # they depend on the task
+            },
+            "first_bias": min(policy.biases, default=None),
+        }
+
     assert result.network.prototypes is not None
-    logits = cosine_logits(
-        result.network.embed(task.queries, threads=threads), result.network.prototypes, 1.0
+    return _Trained(
+        embed=partial(result.network.embed, threads=threads),
+        prototypes=result.network.prototypes,
+        history=result.history,
+        selection_seconds=selected - start,
+        costs=row,
     )
-    whole = method.kind == "fulltrain"
-    return {
-        "ways": int(task.labels.max()) + 1,
-        "support": len(task.labels),
-        "query": len(task.targets),
-        "accuracy": float((logits.argmax(axis=1) == task.targets).mean()),
-        "learning_rate": method.learning_rate,
-        "updated_weights": costs.updated_weights(policy),
-        "updated_biases": sum(costs.layers[layer].out_channels for layer in policy.biases),
-        "backward_macs": costs.full_train_macs if whole else costs.backward_macs(policy),
-        "paper_bytes": costs.memory_bytes(policy, optimizer),
-        "planner_bytes": plan(
-            network, policy, optimizer=optimizer, memory_bytes=_limit(network, costs, method)
-        ).peak_bytes,
-        "layers": {
-            str(layer): [update.axis, _mask(update.channels)]
-            for layer, update in policy.layers.items()
-            if method.kind in ("tinytrain", "layer")  # what depends on the task; others are known
-        },
-        "first_bias": min(policy.biases, default=None),
-        "final_loss": result.history[-1].loss if result.history else None,
-        "seconds": round(seconds, 4),
-        "selection_seconds": round(selected - start[0], 4),
-        "cpu_seconds": round(cpu, 4),
-    }
+
+
+def _by_tinytl(
+    network: Network,
+    costs: Profile,
+    method: Method,
+    task: Task,
+    views: Views | None,
+    threads: int,
+) -> _Trained:
+    """In PyTorch: the engine trains no modules beside a network's own layers, nor plans them."""
+    from .offline.tinytl import adapt_tinytl
+
+    biases = method.options.get("biases", False)
+    result = adapt_tinytl(
+        network,
+        task.images,
+        task.labels,
+        iterations=method.options.get("iterations", ITERATIONS),
+        learning_rate=method.learning_rate,
+        biases=biases,
+        views=views,
+        threads=threads,
+        seed=task.seed,
+    )
+
+    def row() -> Row:
+        return {
+            **asdict(result.model.costs(costs)),
+            "planner_bytes": None,
+            "layers": {},
+            "first_bias": 0 if biases else None,
+        }
+
+    embed = partial(result.model.embed, threads=threads)
+    return _Trained(embed, result.prototypes, result.history, 0.0, row)
 
 
 def channels_of(mask: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from .images import Augmentation, draw_augmentations
 
 if TYPE_CHECKING:
-    from .session import Prefix, Session
+    from .session import Prefix
 
 __all__ = ["PseudoQueries", "Views"]
 
@@ -50,6 +50,18 @@ class Views:
             raise ValueError(f"cache_bytes: expected 0 or more, got {self.cache_bytes}")
 
 
+class Prefixed(Protocol):
+    """What computes the same of a view every time before it trains on it: a `Session`."""
+
+    @property
+    def prefix_shape(self) -> tuple[int, int, int] | None: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def prefix(
+        self, images: NDArray[np.uint8], augmentation: Augmentation, out: NDArray[Any]
+    ) -> Prefix: ...
+
+
 class PseudoQueries:
     """One augmented view of every support photo for each iteration.
 
@@ -62,7 +74,7 @@ class PseudoQueries:
 
     def __init__(
         self,
-        session: Session,
+        session: Prefixed,
         images: NDArray[np.uint8],
         rng: np.random.Generator,
         *,

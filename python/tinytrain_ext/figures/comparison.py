@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -47,8 +48,9 @@ class Group:
         return sorted(found, key=lambda name: METHODS.index(Method.parse(name).kind))
 
     def mean(self, method: str, of: str) -> float:
-        """The mean of a field over a method's tasks."""
-        return fmean(row[of] for row in self.cells[method].values())
+        """The mean of a field over a method's tasks; NaN where the method has no such thing."""
+        values = [row[of] for row in self.cells[method].values()]
+        return math.nan if None in values else fmean(values)
 
     def accuracies(self, method: str, domain: str | None = None) -> list[float]:
         """Per cent, a task each."""

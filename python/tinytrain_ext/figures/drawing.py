@@ -21,6 +21,7 @@ TITLES = {
     "none": "None",
     "lastlayer": "LastLayer",
     "fulltrain": "FullTrain",
+    "tinytl": "TinyTL",
     "sparseupdate": "SparseUpdate",
     "tinytrain": "TinyTrain",
     "layer": "One layer",
@@ -30,6 +31,7 @@ _COLOUR_OF = {
     "none": "grey",
     "lastlayer": "orange",
     "fulltrain": "red",
+    "tinytl": "ink",
     "sparseupdate": "green",
     "tinytrain": "blue",
     "layer": "purple",
@@ -206,12 +208,16 @@ def bar(interval: float) -> float:
 
 
 def mebi(size: float) -> str:
-    """Bytes as MiB."""
+    """Bytes as MiB; nothing for NaN."""
+    if math.isnan(size):
+        return ""
     return f"{size / MEBI:.2f} MiB" if size < 100 * MEBI else f"{size / MEBI:,.0f} MiB"
 
 
 def factor(ratio: float) -> str:
-    """A ratio as so many times."""
+    """A ratio as so many times; nothing for NaN."""
+    if math.isnan(ratio):
+        return ""
     return f"{ratio:.2f}{_TIMES}" if ratio < 100 else f"{ratio:,.0f}{_TIMES}"
 
 

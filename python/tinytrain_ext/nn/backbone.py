@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,15 @@ class TorchNetwork(nn.Module):
 
     Takes normalised images (N, 3, H, W); returns features (N, m), or the classifier's outputs
     (N, K) where the network has one.
+
+    beside: {operation: (tensor, function)}, empty at first: functions of earlier tensors (0 is the
+    images, k + 1 what operation k makes) that are added to what an operation makes.
     """
 
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.operations = network.operations
+        self.beside: Mapping[int, tuple[int, Callable[[Tensor], Tensor]]] = {}
         self.steps = nn.ModuleList()
         layers = zip(network.weights, network.biases, strict=True)
         for operation in network.operations:
@@ -43,11 +48,15 @@ class TorchNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         tensors = [images]
-        for operation, step in zip(self.operations, self.steps, strict=True):
+        for index, (operation, step) in enumerate(zip(self.operations, self.steps, strict=True)):
             x = tensors[operation.inputs[0]]
             if operation.kind == "add":
                 x = x + tensors[operation.inputs[1]]
-            tensors.append(step(x))
+            x = step(x)
+            if index in self.beside:
+                source, function = self.beside[index]
+                x = x + function(tensors[source])
+            tensors.append(x)
         features = torch.flatten(tensors[-1], 1)
         if self.classifier is not None:
             features = self.classifier(features)
