@@ -35,6 +35,7 @@ from tinytrain_ext.evaluate import (
     read_rows,
     summary,
 )
+from tinytrain_ext.network import Network
 from tinytrain_ext.protonet import cosine_logits
 from tinytrain_ext.selection import UpdatePolicy
 
@@ -117,6 +118,7 @@ def test_a_method_has_one_name(text: str, name: str) -> None:
         ("tinytrain:accounting=ours", "accounting: expected planner or paper"),
         ("lastlayer:optimizer=lion", "optimizer: expected .*, got 'lion'"),
         ("layer:ratio=1", "expected index=NUMBER"),
+        ("layer:channels=best,index=1", "channels: expected fisher or random or l2, got 'best'"),
         ("tinytrain:ratio=nan", "ratio: expected above 0, up to 1, got 'nan'"),
         ("layer:index=1,ratio=1.5", "ratio: expected above 0, up to 1, got '1.5'"),
         ("tinytrain:compute=0", "compute: expected a number above 0, got '0'"),
@@ -403,16 +405,22 @@ EVERY = [
             "tinytrain:channels=random,ratio=0.25",
             "tinytrain:channels=l2,ratio=0.25",
             "layer:index=-2,ratio=0.25",
+            "layer:channels=l2,index=-2,ratio=0.25",
+            "layer:channels=random,index=-2,ratio=0.25",
         )
     ),
 ]
 
 
+def mcunet() -> Network:
+    network = random_network(ARCHITECTURES["mcunet"], np.random.default_rng(0))
+    return network.replace(input_size=32, resize=36)
+
+
 @pytest.fixture(scope="module")
 def every_row(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
     """One task of every method, on MCUNet with random weights and small images."""
-    network = random_network(ARCHITECTURES["mcunet"], np.random.default_rng(0))
-    network = network.replace(input_size=32, resize=36)
+    network = mcunet()
     domain = Domain(open_image_set(data, "shapes"), largest_support=50)
     rows = Rows(tmp_path_factory.mktemp("every"))
     found = evaluate({"mcunet": network}, [domain], parsed(*EVERY), 1, rows, cache=cache)
@@ -434,8 +442,7 @@ def test_every_method_runs(every_row: dict[str, Row]) -> None:
 
 
 def test_none_and_full_train_are_the_limits(every_row: dict[str, Row]) -> None:
-    network = random_network(ARCHITECTURES["mcunet"], np.random.default_rng(0))
-    costs = profile(network.replace(input_size=32, resize=36))
+    costs = profile(mcunet())
     none, full = every_row["none"], every_row["fulltrain"]
     assert (none["updated_weights"], none["backward_macs"], none["layers"]) == (0, 0, {})
     assert full["updated_weights"] == costs.weights
@@ -456,7 +463,13 @@ def test_rows_tell_what_a_method_trained(every_row: dict[str, Row]) -> None:
         assert every_row[name]["layers"] == {}
     assert every_row["lastlayer"]["updated_weights"] == 92_160
     assert every_row["sparseupdate"]["updated_weights"] == 52_480
-    assert list(layers("layer:index=-2,ratio=0.25")) == ["40"]
+    single = [layers("layer:index=-2,ratio=0.25")]
+    single += [layers(f"layer:channels={rule},index=-2,ratio=0.25") for rule in ("l2", "random")]
+    assert [list(found) for found in single] == [["40"]] * 3
+    assert len({len(found["40"][1]) for found in single}) == 1  # as many channels
+    assert len({found["40"][1] for found in single}) == 3  # but others by each rule
+    norms = np.square(mcunet().weights[40]).sum(axis=(1, 2, 3))
+    assert single[1]["40"][1] == tuple(sorted(np.argsort(-norms)[: len(norms) // 4].tolist()))
     ours, random = (layers(f"tinytrain:channels={rule},ratio=0.25") for rule in ("l2", "random"))
     assert ours.keys() == random.keys()  # the same layers, as many channels, but others
     assert all(len(ours[layer][1]) == len(random[layer][1]) for layer in ours)

@@ -32,6 +32,7 @@ ABLATIONS = [
     "tinytrain:ratio=0.25",
     *(f"tinytrain:channels={rule},ratio={r}" for rule in ("random", "l2") for r in (0.25, 0.5)),
     *(f"layer:index={layer},ratio=0.5" for layer in (-3, -2, -1)),
+    *(f"layer:channels=random,index={layer},ratio=0.5" for layer in (-2, -1)),
 ]
 VIEWS = {
     "accuracy-macs": "Accuracy against compute",
@@ -258,6 +259,12 @@ def test_names_are_text_never_markup(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(ValueError, match="rows: expected at least one"):
         write_report([], "none", tmp_path)
+
+
+def test_single_layers_have_a_curve_for_each_rule(page: str) -> None:
+    drawing = page.split('<section id="single-layers">')[1].split("</section>")[0]
+    assert ">1/2 of its channels</text>" in drawing
+    assert ">1/2 of its channels, random</text>" in drawing
 
 
 def test_a_dollar_in_a_name_is_a_dollar(tmp_path: Path) -> None:

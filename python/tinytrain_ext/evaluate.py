@@ -141,7 +141,7 @@ _OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
         "blocks": _whole(1),
         "channels": str,
     },
-    "layer": {**_TRAINING, "index": int, "ratio": _share},
+    "layer": {**_TRAINING, "index": int, "ratio": _share, "channels": str},
 }
 _PER: dict[str, tuple[str, ...]] = {
     "weights+macs": ("weights", "macs"),
@@ -182,7 +182,7 @@ class Method:
         and for ablations per (what the score divides by: "weights+macs", "weights", "macs" or
         "nothing"), blocks (how many of the last are inspected) and channels ("fisher", "random" or
         "l2": another choice on the same layers). layer trains `ratio` of the channels of the one
-        convolution `index` (negative: from the end).
+        convolution `index` (negative: from the end), chosen by `channels`.
         """
         kind, _, rest = text.partition(":")
         if kind not in METHODS:
@@ -674,10 +674,13 @@ def _policy(
     ratio = options.get("ratio", 0.5)
     if method.kind == "layer":
         layer = range(len(costs.layers))[options["index"]]
+        count = max(1, int(ratio * costs.layers[layer].out_channels))
+        rule = options.get("channels", "fisher")
+        if rule != "fisher":
+            return with_channels(UpdatePolicy({layer: range(count)}), network, rule, rng)
         information = fisher_pass(
             network, task.images, task.labels, rng=rng, layers=(layer,), threads=threads
         ).information[layer]
-        count = max(1, int(ratio * len(information)))
         return UpdatePolicy({layer: top_channels(information, count)})
     budget = _budget(network, costs, method)
     criterion = options.get("criterion", CRITERIA[0])

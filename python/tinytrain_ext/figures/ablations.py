@@ -12,7 +12,7 @@ from ..cost import Profile
 from ..episodes import mean_and_interval
 from ..evaluate import Method
 from ..page import table
-from .comparison import Group, Report, paired
+from .comparison import Group, Report, paired, rule_of
 from .drawing import (
     COLOUR,
     DEFAULT_RATIO,
@@ -34,17 +34,17 @@ def single_layers(report: Report) -> list[str]:
     figures = []
     for group in report.groups:
         costs = report.profiles.get(group.network)
-        points: dict[float, dict[int, dict[str, float]]] = {}
+        points: dict[tuple[float, str], dict[int, dict[str, float]]] = {}
         for name in group.methods(ablations=True):
             method = Method.parse(name)
             gains = paired(group, name, "none")
             if method.kind != "layer" or not gains:
                 continue
             layers = {int(layer) for row in group.cells[name].values() for layer in row["layers"]}
-            share = method.options.get("ratio", DEFAULT_RATIO)
+            curve = method.options.get("ratio", DEFAULT_RATIO), rule_of(name)
             gain, interval = mean_and_interval(gains)
             (layer,) = layers
-            at = points.setdefault(share, {}).setdefault(layer, {})
+            at = points.setdefault(curve, {}).setdefault(layer, {})
             at |= {"gain": gain, "interval": interval}
             trained = group.mean(name, "updated_weights")
             at["weights"] = gain / trained * 1e3
@@ -66,7 +66,7 @@ def single_layers(report: Report) -> list[str]:
         for axes, (what, title) in zip(axes_of, panels.items(), strict=True):
             _shade_depthwise(axes, layers_shown, costs)
             axes.axhline(0, color=COLOUR["soft"], lw=0.8)
-            for index, (share, of) in enumerate(sorted(points.items())):
+            for index, ((share, rule), of) in enumerate(sorted(points.items())):
                 known = [layer for layer in layers_shown if layer in of]
                 colour = COLOUR[("orange", "green", "red", "blue")[index % 4]]
                 axes.errorbar(
@@ -80,7 +80,8 @@ def single_layers(report: Report) -> list[str]:
                     lw=1.3,
                     ms=3.8,
                     elinewidth=0.8,
-                    label=f"{share_text(share)} of its channels",
+                    label=f"{share_text(share)} of its channels"
+                    + ("" if rule == "fisher" else f", {_RULES[rule]}"),
                 )
             axes.set_title(title)
             axes.grid(axis="x", visible=False)
@@ -92,7 +93,7 @@ def single_layers(report: Report) -> list[str]:
             drawing.legend(
                 *axes_of[0].get_legend_handles_labels(),
                 loc="outside upper right",
-                ncols=len(points),
+                ncols=min(len(points), 2),
             )
         description = "gain of training one layer"
         figures.append(report.figure(group, "single-layers", drawing, description))
