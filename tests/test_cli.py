@@ -89,6 +89,7 @@ def test_adapt_and_classify(capsys, network, support, query, out):
     assert (found["support_images"], found["query_images"]) == (9, 9)
     assert 0 <= found["accuracy_before"] <= 1
     assert 0 <= found["accuracy_after"] <= 1
+    assert found["criterion"] == "tinytrain"
     assert found["policy"]["layers"]
     for entry in found["policy"]["layers"]:
         assert entry["axis"] == "out"
@@ -124,6 +125,12 @@ def test_adapt_and_classify(capsys, network, support, query, out):
     assert np.mean(right) == found["accuracy_after"]
     sure = document_of(capsys, "classify", "--network", out, *photos, "--unknown-below", 1)
     assert {photo["label"] for photo in sure["photos"]} == {"unknown"}
+
+
+def test_adapt_names_the_criterion_it_selected_by(capsys, network, support, out):
+    options = ("--criterion", "held_out", "--iterations", 1)
+    found = document_of(capsys, *adapt_arguments(network, support, out), *options)
+    assert found["criterion"] == "held_out"
 
 
 def test_adapt_with_cached_views_and_frozen_bytes(capsys, network, support, out, tmp_path):

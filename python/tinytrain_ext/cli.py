@@ -457,6 +457,7 @@ def _adapted(
             "compute": budget.compute,
             "accounting": budget.accounting,
         },
+        "criterion": args.criterion,
         "policy": _policy_rows(result.policy, costs),
         "updated_weights": costs.updated_weights(result.policy),
         "backward_macs": costs.backward_macs(result.policy),
