@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["PseudoQueries", "Views"]
 
 # Drawing between two steps finds its code gone from the caches; several at once pay for that once.
-_DRAWN_AHEAD = 16
+_DRAWN_AHEAD = 64
 
 
 @dataclass(frozen=True)
