@@ -129,44 +129,43 @@ void Convolution<T>::update_weights(const LayerUpdate& update, F&& step) {
     step(trained_.data(), update.offset, update.count);
     return;
   }
-  constexpr int kRun = 256;
-  const int k = op_.kernel, selected = static_cast<int>(update.channels.size());
+  // A block of the inputs for all outputs, then the next: what lies side by side in the forward weights are outputs, and their
+  // cache lines wait in L1 until each has its value.
+  constexpr int kRun = 128;
+  const int k = op_.kernel, taps = k * k, selected = static_cast<int>(update.channels.size());
   const bool columns = update.axis == Axis::kIn;
   const int outs = op_.depthwise ? 1 : columns ? out_.channels : selected;
   const int ins = op_.depthwise || columns ? selected : in_.channels;
-  int64_t offset = update.offset;
-  for (int s = 0; s < outs; ++s) {
-    const int o = columns || op_.depthwise ? s : update.channels[s];
-    for (int tap = 0; tap < k * k; ++tap) {
-      const int ky = tap / k, kx = tap % k;
-      if (backward_ && !columns) {
-        // Whole rows lie in runs in the backward weights: updated there, copied to the forward ones.
-        const int64_t row = backward_row(ky, kx, o);
-        const PackedColumn<T> forward = forward_.column(o);
-        for (int c = 0, count, stride; c < ins; c += count, offset += count) {
-          T* const run = backward_.run(row, c, &count, &stride);
-          T apart[kRun];  // half a vector in pairs of rows
-          for (int i = 0; stride > 1 && i < count; ++i) apart[i] = run[i * stride];
-          T* const values = stride > 1 ? apart : run;
-          step(values, offset, static_cast<int64_t>(count));
-          for (int i = 0; stride > 1 && i < count; ++i) run[i * stride] = apart[i];
-          for (int i = 0; i < count; ++i) forward[static_cast<int64_t>(tap) * in_.channels + c + i] = values[i];
+  const bool whole = !columns && !op_.depthwise;  // all inputs of the selected outputs
+  T apart[kRun];
+  for (int tap = 0; tap < taps; ++tap) {
+    const int64_t first = op_.depthwise ? 0 : static_cast<int64_t>(tap) * in_.channels;
+    for (int c = 0, block; c < ins; c += block) {
+      block = std::min(kRun, ins - c);
+      if (whole && backward_) block = std::min(block, backward_.run_length(c));
+      for (int s = 0; s < outs; ++s) {
+        const int o = whole ? update.channels[s] : s;
+        const int64_t offset = update.offset + (static_cast<int64_t>(s) * taps + tap) * ins + c;
+        const PackedColumn<T> forward =
+            op_.depthwise ? PackedColumn<T>{depthwise_.data() + tap * depthwise_row_, 1, 0} : forward_.column(o);
+        const int64_t row = backward_row(tap / k, tap % k, o);
+        if (!whole) {
+          const int* const at = update.channels.data() + c;
+          for (int i = 0; i < block; ++i) apart[i] = forward[first + at[i]];
+          step(apart, offset, static_cast<int64_t>(block));
+          for (int i = 0; i < block; ++i) forward[first + at[i]] = apart[i];
+          for (int i = 0; backward_ && i < block; ++i) backward_.at(row, at[i]) = apart[i];
+        } else if (backward_ && !backward_.paired(c)) {
+          // In a row in the backward weights: updated there.
+          T* const run = &backward_.at(row, c);
+          step(run, offset, static_cast<int64_t>(block));
+          forward.write(first + c, run, block);
+        } else {
+          forward.read(first + c, apart, block);
+          step(apart, offset, static_cast<int64_t>(block));
+          forward.write(first + c, apart, block);
+          for (int i = 0; backward_ && i < block; ++i) backward_.at(row, c + i) = apart[i];
         }
-        continue;
-      }
-      // Scattered weights are gathered, updated and put back.
-      const PackedColumn<T> weights =
-          op_.depthwise ? PackedColumn<T>{depthwise_.data() + tap * depthwise_row_, 1, 0} : forward_.column(o);
-      const int64_t first = op_.depthwise ? 0 : static_cast<int64_t>(tap) * in_.channels;
-      const int64_t row = backward_row(ky, kx, o);
-      T run[kRun];
-      for (int c = 0, count; c < ins; c += count, offset += count) {
-        count = ins - c < kRun ? ins - c : kRun;
-        const auto at = [&](int i) { return op_.depthwise || columns ? update.channels[c + i] : c + i; };
-        for (int i = 0; i < count; ++i) run[i] = weights[first + at(i)];
-        step(run, offset, static_cast<int64_t>(count));
-        for (int i = 0; i < count; ++i) weights[first + at(i)] = run[i];
-        for (int i = 0; backward_ && i < count; ++i) backward_.at(row, at(i)) = run[i];
       }
     }
   }

@@ -42,8 +42,18 @@ struct PackedColumn {
   T* values;
   int64_t step;
   int pair;  // 1: rows 2 i and 2 i + 1 lie side by side, pairs `step` apart
-  // A branch, which loops take out: updates of scattered weights are little else.
   T& operator[](int64_t row) const { return pair == 0 ? values[row * step] : values[row / 2 * step + row % 2]; }
+  // The rows from `row` on; the usual kind by a loop of loads and stores alone: an update is little else.
+  void read(int64_t row, T* to, int count) const {
+    const T* from = values + row * step;
+    for (int i = 0; pair == 0 && i < count; ++i, from += step) to[i] = *from;
+    for (int i = 0; pair != 0 && i < count; ++i) to[i] = (*this)[row + i];
+  }
+  void write(int64_t row, const T* from, int count) const {
+    T* to = values + row * step;
+    for (int i = 0; pair == 0 && i < count; ++i, to += step) *to = from[i];
+    for (int i = 0; pair != 0 && i < count; ++i) (*this)[row + i] = from[i];
+  }
 };
 
 // How a kernel wants its matrix.
@@ -89,13 +99,16 @@ class PackedMatrix {
     return values_.data()[offsets_[column] + (paired(column) ? row / 2 * (2 * width) + row % 2 : row * width)];
   }
   T at(int64_t row, int column) const { return const_cast<PackedMatrix*>(this)->at(row, column); }
-  // The values of a row from `column` to its panel's end: how many, and how far apart.
-  T* run(int64_t row, int column, int* count, int* stride) {
+  // How many values of a row from `column` on lie in its panel.
+  int run_length(int column) const {
     int end = column + 1;
-    const int columns = static_cast<int>(offsets_.size());
+    while (end < static_cast<int>(offsets_.size()) && offsets_[end] == offsets_[end - 1] + 1 + paired(column)) ++end;
+    return end - column;
+  }
+  // Those values: how many, and how far apart.
+  T* run(int64_t row, int column, int* count, int* stride) {
+    *count = run_length(column);
     *stride = 1 + paired(column);
-    while (end < columns && offsets_[end] == offsets_[end - 1] + *stride) ++end;
-    *count = end - column;
     return &at(row, column);
   }
 
