@@ -73,7 +73,8 @@ PROTOCOLS = ("tracks", "meta-dataset")
 ITERATIONS = 40
 CACHE_BYTES = 512 << 20  # for a fixed set of views; a machine that evaluates is no device
 
-# Adam's, chosen per method on the validation episodes of docs/results.md, never on a test domain.
+# Adam's, chosen per method on the validation episodes of docs/results.md (TinyTL's: of
+# docs/evaluation.md), never on a test domain.
 LEARNING_RATES = {
     "none": 0.0,
     "lastlayer": 3e-3,
