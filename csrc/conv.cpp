@@ -331,12 +331,29 @@ void Convolution<T>::forward_pointwise(RowView<const T> in, RowView<T> out, int 
 }
 
 template <class T>
+template <class F>
+void Convolution<T>::depthwise_rows(const Depthwise<T>& layer, const Epilogue<T>& epilogue, Shape out, int held, int begin,
+                                    int until, F&& describe) const {
+  constexpr int kMost = 2;  // and one where no kernel takes two: a row's description costs a few per cent of a small map
+  const T* rows[kMost][kMaxKernel];
+  int taps[kMost][kMaxKernel];
+  Depthwise<T> d[kMost] = {layer, layer};
+  const int most = layer.kernel == kernels_.paired_kernel ? kMost : 1;
+  for (int y = begin; y < until;) {
+    const int count = std::min(most, until - y);
+    for (int i = 0; i < count; ++i) {
+      d[i].row_count = describe(y + i, rows[i], taps[i]);
+      d[i].rows = rows[i];
+      d[i].taps = taps[i];
+      d[i].epilogue = at_row(epilogue, out, y + i, held);
+    }
+    y += kernels_.depthwise(d, count);
+  }
+}
+
+template <class T>
 void Convolution<T>::forward_depthwise(RowView<const T> in, RowView<T> out, int begin, int until, const Epilogue<T>& e) const {
-  const T* rows[kMaxKernel];
-  int taps[kMaxKernel];
   Depthwise<T> d{};
-  d.rows = rows;
-  d.taps = taps;
   d.weights = depthwise_.data();
   d.channels = in_.channels;
   d.kernel = op_.kernel;
@@ -344,17 +361,16 @@ void Convolution<T>::forward_depthwise(RowView<const T> in, RowView<T> out, int 
   d.padding = op_.padding;
   d.width_in = in_.width;
   d.width_out = out_.width;
-  for (int y = begin; y < until; ++y) {
-    d.row_count = 0;
+  depthwise_rows(d, e, out_, out.held, begin, until, [&](int y, const T** rows, int* taps) {
+    int count = 0;
     for (int ky = 0; ky < op_.kernel; ++ky) {
       const int iy = y * op_.stride + ky - op_.padding;
       if (iy < 0 || iy >= in_.height) continue;
-      rows[d.row_count] = in.data + static_cast<int64_t>(iy % in.held) * in_.width * in_.channels;
-      taps[d.row_count++] = ky;
+      rows[count] = in.data + static_cast<int64_t>(iy % in.held) * in_.width * in_.channels;
+      taps[count++] = ky;
     }
-    d.epilogue = at_row(e, out_, y, out.held);
-    kernels_.depthwise(d);
-  }
+    return count;
+  });
 }
 
 template <class T>
@@ -391,9 +407,37 @@ void Convolution<T>::forward_dense(RowView<const T> in, RowView<T> out, const Im
 
 template <class T>
 void Convolution<T>::grad_input(const T* grad_output, T* scratch, T* expanded, const Epilogue<T>& epilogue) const {
+  const int k = op_.kernel;
+  // Calls with(oy, ky) for the rows of grad_output, in ascending order, that input row y reaches.
+  const auto each_row = [&](int y, auto&& with) {
+    for (int ky = k - 1; ky >= 0; --ky) {
+      const int shifted = y + op_.padding - ky;
+      if (shifted < 0 || shifted % op_.stride != 0 || shifted / op_.stride >= out_.height) continue;
+      with(shifted / op_.stride, ky);
+    }
+  };
+  if (op_.depthwise) {
+    Depthwise<T> d{};
+    d.weights = depthwise_.data();
+    d.channels = in_.channels;
+    d.kernel = k;
+    d.stride = op_.stride;
+    d.padding = op_.padding;
+    d.width_in = out_.width;
+    d.width_out = in_.width;
+    d.transposed = true;
+    depthwise_rows(d, epilogue, in_, in_.height, 0, in_.height, [&](int y, const T** rows, int* taps) {
+      int count = 0;
+      each_row(y, [&](int oy, int ky) {
+        rows[count] = grad_output + static_cast<int64_t>(oy) * out_.width * out_.channels;
+        taps[count++] = ky;
+      });
+      return count;
+    });
+    return;
+  }
   const T* rows[kMaxKernel];
   int taps[kMaxKernel];
-  const int k = op_.kernel;
   Gemm<T> g{};
   g.rows = rows;
   g.taps = taps;
@@ -410,49 +454,24 @@ void Convolution<T>::grad_input(const T* grad_output, T* scratch, T* expanded, c
     return;
   }
   g.pixels = in_.width;
-  Depthwise<T> d{};
-  d.rows = rows;
-  d.taps = taps;
-  d.weights = depthwise_.data();
-  d.channels = in_.channels;
-  d.kernel = k;
-  d.stride = op_.stride;
-  d.padding = op_.padding;
-  d.width_in = out_.width;
-  d.width_out = in_.width;
-  d.transposed = true;
-  // Dense: rows of grad_output spread by the stride and padded, so that a flipped kernel slides over them one by one.
+  // Rows of grad_output spread by the stride and padded, so that a flipped kernel slides over them one by one.
   const int64_t padded_row = static_cast<int64_t>(in_.width + k - 1) * out_.channels;
   const int before = k - 1 - op_.padding;
   const int after = in_.width + k - 1 - before - ((out_.width - 1) * op_.stride + 1);
   int loaded = 0;
   for (int y = 0; y < in_.height; ++y) {
-    int count = 0;
-    for (int ky = k - 1; ky >= 0; --ky) {  // output rows in ascending order
-      const int shifted = y + op_.padding - ky;
-      if (shifted < 0 || shifted % op_.stride != 0 || shifted / op_.stride >= out_.height) continue;
-      const int oy = shifted / op_.stride;
-      if (op_.depthwise) {
-        rows[count] = grad_output + static_cast<int64_t>(oy) * out_.width * out_.channels;
-      } else {
-        T* const row = scratch + (oy % k) * padded_row;
-        if (oy >= loaded) {
-          load_row(grad_output, nullptr, out_, oy, op_.stride, row, before, after);
-          loaded = oy + 1;
-        }
-        rows[count] = row;
+    g.row_count = 0;
+    each_row(y, [&](int oy, int ky) {
+      T* const row = scratch + (oy % k) * padded_row;
+      if (oy >= loaded) {
+        load_row(grad_output, nullptr, out_, oy, op_.stride, row, before, after);
+        loaded = oy + 1;
       }
-      taps[count++] = ky;
-    }
-    if (op_.depthwise) {
-      d.row_count = count;
-      d.epilogue = at_row(epilogue, in_, y, in_.height);
-      kernels_.depthwise(d);
-    } else {
-      g.row_count = count;
-      g.epilogue = at_row(epilogue, in_, y, in_.height);
-      product(g, false, expanded);
-    }
+      rows[g.row_count] = row;
+      taps[g.row_count++] = ky;
+    });
+    g.epilogue = at_row(epilogue, in_, y, in_.height);
+    product(g, false, expanded);
   }
 }
 

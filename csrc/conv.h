@@ -106,6 +106,10 @@ class Convolution {
   int64_t trained_index(int out, int in, int tap) const;
   void forward_pointwise(RowView<const T> in, RowView<T> out, int begin, int until, T* expanded, const Epilogue<T>& e) const;
   void forward_depthwise(RowView<const T> in, RowView<T> out, int begin, int until, const Epilogue<T>& e) const;
+  // Rows [begin, until) of outputs; describe(y, rows, taps) writes what row y reads and returns how many rows that is.
+  template <class F>
+  void depthwise_rows(const Depthwise<T>& layer, const Epilogue<T>& epilogue, Shape out, int held, int begin, int until,
+                      F&& describe) const;
   void forward_dense(RowView<const T> in, RowView<T> out, const ImageSource<T>* image, int begin, int until, T* scratch,
                      T* expanded, int* loaded, const Epilogue<T>& e) const;
 

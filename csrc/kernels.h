@@ -170,7 +170,9 @@ struct Kernels {
   void (*gemm)(const Gemm<T>&);
   void (*expand_panel)(const ExpandPanel<T>&);
   void (*gemm_grad_weight)(const GemmGradWeight<T>&);
-  void (*depthwise)(const Depthwise<T>&);
+  // The first of `count` rows of outputs, one below the other in one layer, or the first two: returns how many.
+  int (*depthwise)(const Depthwise<T>*, int count);
+  int paired_kernel;  // the kernel size of layers whose rows it may take by twos; 0: none
   void (*depthwise_grad_weight)(const DepthwiseGradWeight<T>&);
   // Element-wise epilogue on existing sums: (pixels, C) -> (pixels, C); `input` may equal epilogue.out.
   void (*apply_epilogue)(const T* input, int64_t pixels, int channels, const Epilogue<T>&);

@@ -251,6 +251,33 @@ def test_grad_weight(case, isa):
         check(isa, found, reference, by_hand, p.grad_weight_magnitude, what)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_depthwise_row_does_not_depend_on_the_rows_computed_with_it(isa, stride):
+    """Kernels may take two rows at a time, and strips begin anywhere: less above, the same bits."""
+    rng = np.random.default_rng(4)
+    weight = rng.standard_normal((24, 1, 3, 3), np.float32)
+    bias = rng.standard_normal(24, np.float32)
+    x = rng.standard_normal((1, 12, 12, 24), np.float32)
+    grad = rng.standard_normal((1, 12 // stride, 12 // stride, 24), np.float32)
+    mask = packed(rng.random(x.shape) < 0.6)
+    shape = {"width": 12, "stride": stride, "padding": 1, "depthwise": True, "isa": isa}
+    for activation in ACTIVATIONS:
+        whole, less = (
+            _core.Convolution32(weight, bias, height=height, activation=activation, **shape)
+            for height in (12, 12 - stride)
+        )
+        y, _ = whole.forward(x)
+        below, _ = less.forward(np.ascontiguousarray(x[:, stride:]))
+        # The first row of `below` meets the border instead of what is above.
+        np.testing.assert_array_equal(y[:, 2:], below[:, 1:])
+    grad_x, _ = whole.grad_input(grad, mask=mask)
+    below, _ = less.grad_input(
+        np.ascontiguousarray(grad[:, 1:]), mask=np.ascontiguousarray(mask[:, 12 * stride :])
+    )
+    np.testing.assert_array_equal(grad_x[:, 2 * stride :], below[:, stride:])
+
+
 def test_each_instruction_set_is_the_one_asked_for():
     assert ISAS[-1] == "scalar"
     assert _core.default_isa() in ISAS

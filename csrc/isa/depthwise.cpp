@@ -9,6 +9,11 @@ namespace {
 
 void add_depthwise(Kernels<T>& table) {
   table.depthwise = depthwise;
+#if defined(TT_NEON)
+  table.paired_kernel = 3;
+#else
+  table.paired_kernel = 0;
+#endif
   table.depthwise_grad_weight = depthwise_grad_weight;
 }
 

@@ -12,11 +12,11 @@ namespace {
 }  // namespace
 
 template <>
-bool depthwise_grad_input<TT_KERNEL>(const Depthwise<T>& d) {
+bool depthwise_grad_input<TT_KERNEL>(const Depthwise<T>* d, int count) {
 #if defined(TT_NEON)
-  return depthwise_passes<TT_KERNEL, true>(d);
+  return depthwise_passes<TT_KERNEL, true>(d, count);
 #else
-  return depthwise_rows<TT_KERNEL, true>(d);
+  return count == 1 && depthwise_rows<TT_KERNEL, true>(*d);
 #endif
 }
 

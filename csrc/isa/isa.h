@@ -46,11 +46,11 @@ void add_pointwise(Kernels<T>& table);
 void add_depthwise(Kernels<T>& table);
 void add_elementwise(Kernels<T>& table);
 
-// Depthwise kernels for one kernel size, common shapes only; false: nothing was done.
+// Depthwise kernels for one kernel size, common shapes only; `count` rows of outputs; false: nothing was done.
 template <int K>
-bool depthwise_forward(const Depthwise<T>& d);
+bool depthwise_forward(const Depthwise<T>* d, int count);
 template <int K>
-bool depthwise_grad_input(const Depthwise<T>& d);
+bool depthwise_grad_input(const Depthwise<T>* d, int count);
 template <int K>
 bool depthwise_grad_weight_vector(const DepthwiseGradWeight<T>& d, int channel);
 

@@ -25,15 +25,19 @@ void depthwise_pixel(const Depthwise<T>& d, int x) {
   }
 }
 
-void depthwise(const Depthwise<T>& d) {
-  bool done = false;
+int depthwise(const Depthwise<T>* rows, int count) {
+  const Depthwise<T>& d = *rows;
 #if !defined(TT_SCALAR)
-  if (d.kernel == 3) done = d.transposed ? depthwise_grad_input<3>(d) : depthwise_forward<3>(d);
-  if (d.kernel == 5) done = d.transposed ? depthwise_grad_input<5>(d) : depthwise_forward<5>(d);
-  if (d.kernel == 7) done = d.transposed ? depthwise_grad_input<7>(d) : depthwise_forward<7>(d);
+  for (; count > 0; --count) {
+    bool done = false;
+    if (d.kernel == 3) done = d.transposed ? depthwise_grad_input<3>(rows, count) : depthwise_forward<3>(rows, count);
+    if (d.kernel == 5) done = d.transposed ? depthwise_grad_input<5>(rows, count) : depthwise_forward<5>(rows, count);
+    if (d.kernel == 7) done = d.transposed ? depthwise_grad_input<7>(rows, count) : depthwise_forward<7>(rows, count);
+    if (done) return count;
+  }
 #endif
-  if (done) return;
   for (int x = 0; x < d.width_out; ++x) depthwise_pixel(d, x);
+  return 1;
 }
 
 void depthwise_grad_weight(const DepthwiseGradWeight<T>& d) {

@@ -1,99 +1,136 @@
 // 3 x 3 depthwise rows for the Cortex-A53, one vector of channels at a time: columns stream past, each loaded once from each kernel
 // row and added to the three outputs that it reaches, whose sums rotate through registers (a tile reloads two columns of every ten,
 // and waits at its end). What follows a sum is known at compile time, so that three columns are one run of code in which loads and
-// the work on finished outputs issue beside FMAs: 5 to 6 FLOP a cycle of 8 where tiles reach 3 to 4.
+// the work on finished outputs issue beside FMAs: 5 to 6 FLOP a cycle of 8 where tiles reach 3 to 4. Two rows of outputs at a time,
+// where the caller has two, share weights, what a row's start and end cost, and the input rows that both meet.
 //
-// The order of reduction is (column, row) here. Which outputs come here depends on the layer and the row only.
+// The order of reduction is (column, row) here, with one row of outputs and with two. Which outputs come here depends on the layer
+// and the row only.
 
-// An output's sum on its way to memory, in three stages for the caller to put between other work.
-template <Ending kEnding>
+// Rows of outputs at a time, and rows of the input: output row o meets those from o * S on, three of them, as far as they are among
+// [kFirst, kUntil), the ones inside the image.
+template <int kOutputs_, int S_, int kFirst_, int kUntil_>
+struct Window {
+  static constexpr int kOutputs = kOutputs_, S = S_, kFirst = kFirst_, kUntil = kUntil_;
+};
+
+// Finished sums on their way to memory, one of each row of outputs, in three stages for the caller to put between other work.
+template <int Q, Ending kEnding>
 struct RollingEnd {
   T* out;
-  const uint8_t* mask;
+  int64_t below;  // from a row's output to the next row's
+  const uint8_t* mask[Q];
   int64_t stride;
   int shift, masks;
   V bias;
   Bounds bounds;
 
-  TT_INLINE RollingEnd(const Epilogue<T>& e, int c, int channels)
-      : out(e.out + c),
-        mask(e.mask_in + c / 8),
-        stride(e.out_stride),
+  TT_INLINE RollingEnd(const Depthwise<T>* d, int c)
+      : out(d[0].epilogue.out + c),
+        below(d[Q - 1].epilogue.out - d[0].epilogue.out),
+        stride(d[0].epilogue.out_stride),
         shift(c % 8),
-        masks(mask_bytes(channels)),
-        bias(start(e, c)),
-        bounds(e.activation) {}
+        masks(mask_bytes(d[0].channels)),
+        bias(start(d[0].epilogue, c)),
+        bounds(d[0].epilogue.activation) {
+    unroll<Q>(TT_EACH { mask[i] = d[i].epilogue.mask_in + c / 8; });
+  }
 
-  TT_INLINE void stage(V& v, Index<0>) {
-    if constexpr (kEnding == Ending::kClamp) {
-      v = clamp_below(v, bounds.low);
-    } else {
-      v = keep_masked(v, mask, shift, 8);
-      mask += masks;
-    }
+  TT_INLINE void stage(V (&v)[Q], Index<0>) {
+    unroll<Q>(TT_EACH {
+      if constexpr (kEnding == Ending::kClamp) {
+        v[i] = clamp_below(v[i], bounds.low);
+      } else {
+        v[i] = keep_masked(v[i], mask[i], shift, 8);
+        mask[i] += masks;
+      }
+    });
   }
-  TT_INLINE void stage(V& v, Index<1>) {
-    if constexpr (kEnding == Ending::kClamp) v = clamp_above(v, bounds.high);
+  TT_INLINE void stage(V (&v)[Q], Index<1>) {
+    if constexpr (kEnding == Ending::kClamp) unroll<Q>(TT_EACH { v[i] = clamp_above(v[i], bounds.high); });
   }
-  TT_INLINE void stage(V& v, Index<2>) {
-    store(out, v);
+  TT_INLINE void stage(V (&v)[Q], Index<2>) {
+    unroll<Q>(TT_EACH { store(out + i * below, v[i]); });
     out += stride;
   }
-  TT_INLINE void finish(V& v) {
+  TT_INLINE void finish(V (&v)[Q]) {
     unroll<3>(TT_EACH { stage(v, Index<i.value>{}); });
   }
+
+  // The first product of a sum. A gradient has no bias.
+  TT_INLINE V first(V v, V w) const { return kEnding == Ending::kGradient ? v * w : bias + v * w; }
 };
 
-// The kernel rows inside the image and their weights, for one vector of channels. w[r][j]: of tap j.
-template <int R, int S>
+// The input rows of one or two rows of outputs and the weights, for one vector of channels. w[r][j]: of tap j of the r-th row that an
+// output meets.
+template <class W, bool kTransposed>
 struct RollingRows {
-  const T* at[R];
-  V w[R][3], v[R][S];  // v: S columns of the input
+  static constexpr int S = W::S;
+  const T* at[W::kUntil];
+  V w[3][3], v[W::kUntil][S];  // v: S columns of the input
   int64_t C;
 
-  TT_INLINE RollingRows(const Depthwise<T>& d, int c) : C(d.channels) {
-    unroll<R>(TT_EACH {
-      at[i] = d.rows[i] + c;
-      const T* tap = d.weights + d.taps[i] * 3 * C + c;
+  TT_INLINE RollingRows(const Depthwise<T>* d, int c) : C(d->channels) {
+    unroll<3>(TT_EACH {
+      const T* tap = d->weights + (kTransposed ? 2 - i : i) * 3 * C + c;
       unroll<3>(TT_EACH_J { w[i][j] = load(row_of(tap, j, C)); });
-      fetch(i);
+    });
+    unroll<W::kUntil - W::kFirst>(TT_EACH {
+      constexpr int kRow = W::kFirst + i.value;
+      // The upper row of outputs meets the first three.
+      at[kRow] = (kRow < 3 ? d[0].rows[i] : d[1].rows[d[1].row_count - W::kUntil + kRow]) + c;
+      fetch(Index<kRow>{});
     });
   }
   template <int I>
   TT_INLINE void fetch(Index<I>) {
-    unroll<S>(TT_EACH { v[I][i] = load_halves(at[I] + i * C); });
+    v[I][0] = load_halves(at[I]);
+    // With stride 2 loads take more slots than FMAs leave free. A whole load then costs hardly more cycles than two halves, and two
+    // instructions less: as many of them as keep the loop above 4 FLOP a cycle.
+    if constexpr (S == 2) v[I][1] = I % 2 == 0 ? load(at[I] + C) : load_halves(at[I] + C);
     at[I] += S * C;
   }
 };
 
-// One vector of channels; R kernel rows inside the image.
-template <int R, int S, bool kTransposed, Ending kEnding>
-TT_INLINE void rolling_vector(const Depthwise<T>& d, int c) {
-  RollingEnd<kEnding> end(d.epilogue, c, d.channels);
-  RollingRows<R, S> in(d, c);
+// One vector of channels; d: a Depthwise for each row of outputs.
+template <class W, bool kTransposed, Ending kEnding>
+TT_INLINE void rolling_vector(const Depthwise<T>* d, int c) {
+  constexpr int Q = W::kOutputs, S = W::S, R = W::kUntil - W::kFirst;
+  RollingEnd<Q, kEnding> end(d, c);
+  RollingRows<W, kTransposed> in(d, c);
   // From a column to the output left of it, here, and right of it.
   constexpr int kLeft = kTransposed ? 0 : 2, kHere = 1, kRight = 2 - kLeft;
   // S columns of the input, S = 1: adds to the outputs left of it, here, and right of it, where it comes first. S = 2: an even column
   // reaches one output, the odd one behind it that output and the next. A value is replaced right after its last use, and what
   // was `done` before is finished meanwhile.
-  const auto columns = [&](V* done, V& left, V& here, V& right, auto more) __attribute__((always_inline)) {
-    V odd{};  // apart: six products in turn would wait for one another
-    right = end.bias;
+  const auto columns = [&](V(*done)[Q], V(&left)[Q], V(&here)[Q], V(&right)[Q], auto more) __attribute__((always_inline)) {
     unroll<R>(TT_EACH {
-      if constexpr (S == 1) left += in.v[i][0] * in.w[i][kLeft];
-      here += in.v[i][0] * in.w[i][kHere];
-      if constexpr (S == 2) odd += in.v[i][1] * in.w[i][kLeft];
-      right += in.v[i][S - 1] * in.w[i][kRight];
-      if (done) end.stage(*done, Index<i.value>{});
-      if constexpr (more) in.fetch(i);
+      constexpr int kRow = W::kFirst + i.value;
+      unroll<Q>(TT_EACH_J {
+        constexpr int kWeights = kRow - S * j.value;
+        if constexpr (kWeights >= 0 && kWeights < 3) {
+          constexpr bool kBegins = kWeights == 0 || kRow == W::kFirst;
+          const V(&w)[3] = in.w[kWeights];
+          if constexpr (S == 1) left[j] += in.v[kRow][0] * w[kLeft];
+          here[j] += in.v[kRow][0] * w[kHere];
+          if constexpr (S == 2) here[j] += in.v[kRow][1] * w[kLeft];
+          const V product = in.v[kRow][S - 1];
+          right[j] = kBegins ? end.first(product, w[kRight]) : right[j] + product * w[kRight];
+        }
+      });
+      if constexpr (i.value < 3) {
+        if (done) end.stage(*done, Index<i.value>{});
+      }
+      if constexpr (more) in.fetch(Index<kRow>{});
     });
     if (done && R == 2) end.stage(*done, Index<2>{});
-    if constexpr (S == 2) here += odd;
   };
   constexpr Index<1> kMore{};
   constexpr Index<0> kLast{};
-  V s0 = end.bias, s1 = end.bias, s2, s3;
-  int rest = d.width_out;
+  const auto copy = [](V(&to)[Q], const V(&from)[Q]) __attribute__((always_inline)) { unroll<Q>(TT_EACH { to[i] = from[i]; }); };
+  V s0[Q], s1[Q], s2[Q], s3[Q];
+  unroll<Q>(TT_EACH { s0[i] = s1[i] = end.bias; });
+  int rest = d->width_out;
   if constexpr (S == 1) {
     columns(nullptr, s0, s1, s2, kMore);
     columns(nullptr, s1, s2, s3, kMore);
@@ -106,9 +143,9 @@ TT_INLINE void rolling_vector(const Depthwise<T>& d, int c) {
     }
     for (; rest > 1; --rest) {
       columns(&s1, s2, s3, s0, kMore);
-      s1 = s2;
-      s2 = s3;
-      s3 = s0;
+      copy(s1, s2);
+      copy(s2, s3);
+      copy(s3, s0);
     }
     columns(&s1, s2, s3, s0, kLast);
     end.finish(s2);
@@ -122,112 +159,140 @@ TT_INLINE void rolling_vector(const Depthwise<T>& d, int c) {
     }
     for (; rest > 1; --rest) {
       columns(&s0, s3, s1, s2, kMore);
-      s0 = s1;
-      s1 = s2;
+      copy(s0, s1);
+      copy(s1, s2);
     }
     columns(&s0, s3, s1, s2, kLast);
     end.finish(s1);
   }
 }
 
-// grad_input with stride 2: a gradient reaches the outputs at twice its column (by the middle tap) and on both sides of that. A row
-// of outputs meets the middle kernel row alone or the two others.
-template <int R, Ending kEnding>
-TT_INLINE void rolling_spread(const Depthwise<T>& d, int c) {
-  RollingEnd<kEnding> end(d.epilogue, c, d.channels);
-  RollingRows<R, 1> in(d, c);
+// grad_input with stride 2: a gradient reaches the outputs at twice its column (by the middle tap) and on both sides of that. In the
+// same way an even row of outputs meets one row of gradients by the middle kernel row, an odd one that by the last and, inside
+// the image, the next by the first. Outputs [kFirst, kUntil) of an even row and the odd one below it; R rows of gradients.
+template <int kFirst, int kUntil, int R, Ending kEnding>
+TT_INLINE void rolling_spread(const Depthwise<T>* d, int c) {
+  constexpr int Q = kUntil - kFirst;
+  RollingEnd<Q, kEnding> end(d, c);
+  RollingRows<Window<1, 1, 0, R>, true> in(d + Q - 1, c);
   // The outputs at a column and right of it, while the two before are finished.
-  const auto column = [&](V* done, V& even, V& odd, auto more) __attribute__((always_inline)) {
-    V far = V{};  // apart, as above
-    even = odd = end.bias;
+  const auto column = [&](V(*done)[Q], V(&even)[Q], V(&odd)[Q], auto more) __attribute__((always_inline)) {
     unroll<R>(TT_EACH {
-      even += in.v[i][0] * in.w[i][1];
-      odd += in.v[i][0] * in.w[i][2];
-      if (done) end.stage(done[0], Index<i.value>{});
+      const auto each = [&](auto body) __attribute__((always_inline)) {
+        unroll<Q>(TT_EACH_J {
+          constexpr bool kOddRow = kFirst + j.value == 1;
+          if constexpr (kOddRow || i.value == 0) body(j, in.w[kOddRow ? 2 * i.value : 1]);
+        });
+      };
+      const V v = in.v[i][0];
+      each([&](auto j, const V(&w)[3]) __attribute__((always_inline)) {
+        even[j] = i.value == 0 ? end.first(v, w[1]) : even[j] + v * w[1];
+        odd[j] = i.value == 0 ? end.first(v, w[2]) : odd[j] + v * w[2];
+      });
       if constexpr (more) {
         in.fetch(i);
-        far += in.v[i][0] * in.w[i][0];
+        each([&](auto j, const V(&w)[3]) __attribute__((always_inline)) { odd[j] += in.v[i][0] * w[0]; });
       }
     });
-    if (done) {
-      unroll<3 - R>(TT_EACH { end.stage(done[0], Index<R + i.value>{}); });
-      end.finish(done[1]);
-    }
-    if constexpr (more) odd += far;
+    if (done) unroll<3>([&](auto stage) __attribute__((always_inline)) { unroll<2>(TT_EACH { end.stage(done[i], stage); }); });
   };
   constexpr Index<1> kMore{};
   constexpr Index<0> kLast{};
-  V a[2], b[2];
+  V a[2][Q], b[2][Q];
   column(nullptr, a[0], a[1], kMore);
-  int rest = d.width_in - 1;
+  int rest = d->width_in - 1;
   for (; rest > 2; rest -= 2) {
     column(a, b[0], b[1], kMore);
     column(b, a[0], a[1], kMore);
   }
   if (rest == 2) {
     column(a, b[0], b[1], kMore);
-    a[0] = b[0];
-    a[1] = b[1];
+    unroll<2 * Q>(TT_EACH { a[i / Q][i % Q] = b[i / Q][i % Q]; });
   }
   column(a, b[0], b[1], kLast);
   unroll<2>(TT_EACH { end.finish(b[i]); });
 }
 
 // All vectors of channels in one function, which saves what a call costs each on maps of 4 x 4 and 8 x 8.
-template <int R, int S, bool kTransposed, Ending kEnding>
-__attribute__((noinline)) bool rolling_row(const Depthwise<T>& d) {
-  for (int c = 0; c < d.channels; c += kLanes) rolling_vector<R, S, kTransposed, kEnding>(d, c);
+template <class W, bool kTransposed, Ending kEnding>
+__attribute__((noinline)) bool rolling_rows(const Depthwise<T>* d) {
+  for (int c = 0; c < d->channels; c += kLanes) rolling_vector<W, kTransposed, kEnding>(d, c);
   return true;
 }
-template <int R, Ending kEnding>
-__attribute__((noinline)) bool rolling_spread_row(const Depthwise<T>& d) {
-  for (int c = 0; c < d.channels; c += kLanes) rolling_spread<R, kEnding>(d, c);
+template <int kFirst, int kUntil, int R, Ending kEnding>
+__attribute__((noinline)) bool rolling_spread_rows(const Depthwise<T>* d) {
+  for (int c = 0; c < d->channels; c += kLanes) rolling_spread<kFirst, kUntil, R, kEnding>(d, c);
   return true;
 }
 
-// False: not of these, nothing was done.
+// One row of outputs, or two. False: not of these, nothing was done.
 template <bool kTransposed, Ending kEnding>
-bool depthwise_rolling(const Depthwise<T>& d) {
-  if (d.padding != 1 || d.channels % kLanes != 0) return false;
-  if (d.stride == 1 && d.width_in == d.width_out && d.width_out > 2) {
-    if (d.row_count == 3) return rolling_row<3, 1, kTransposed, kEnding>(d);
-    if (d.row_count == 2) return rolling_row<2, 1, kTransposed, kEnding>(d);
+bool depthwise_rolling(const Depthwise<T>* d, int count) {
+  if (d->padding != 1 || d->channels % kLanes != 0) return false;
+  const int upper = d[0].row_count, lower = d[count - 1].row_count;
+  const bool top = upper == 2 && d->taps[0] == 1;  // the first kernel row is outside the image
+  const bool same = d->stride == 1 && d->width_in == d->width_out && d->width_out > 2;
+  if (same && count == 2) {
+    if (upper == 3 && lower == 3) return rolling_rows<Window<2, 1, 0, 4>, kTransposed, kEnding>(d);
+    if (upper == 2 && lower == 3) return rolling_rows<Window<2, 1, 1, 4>, kTransposed, kEnding>(d);
+    if (upper == 3 && lower == 2) return rolling_rows<Window<2, 1, 0, 3>, kTransposed, kEnding>(d);
+  } else if (same) {
+    if (upper == 3) return rolling_rows<Window<1, 1, 0, 3>, kTransposed, kEnding>(d);
+    if (upper == 2 && top) return rolling_rows<Window<1, 1, 1, 3>, kTransposed, kEnding>(d);
+    if (upper == 2) return rolling_rows<Window<1, 1, 0, 2>, kTransposed, kEnding>(d);
   }
   if constexpr (kTransposed) {
-    if (d.stride == 2 && d.width_out == 2 * d.width_in && d.width_in > 1) {
-      if (d.row_count == 2) return rolling_spread_row<2, kEnding>(d);
-      if (d.row_count == 1) return rolling_spread_row<1, kEnding>(d);
+    if (d->stride != 2 || d->width_out != 2 * d->width_in || d->width_in < 2) return false;
+    const bool even = upper == 1 && d->taps[0] == 1;
+    if (count == 2) {
+      if (even && lower == 2) return rolling_spread_rows<0, 2, 2, kEnding>(d);
+      if (even && lower == 1) return rolling_spread_rows<0, 2, 1, kEnding>(d);
+    } else {
+      if (even) return rolling_spread_rows<0, 1, 1, kEnding>(d);
+      if (upper == 2) return rolling_spread_rows<1, 2, 2, kEnding>(d);
+      if (upper == 1) return rolling_spread_rows<1, 2, 1, kEnding>(d);
     }
   } else {
-    if (d.stride == 2 && d.width_in == 2 * d.width_out && d.width_out > 1) {
-      if (d.row_count == 3) return rolling_row<3, 2, kTransposed, kEnding>(d);
-      if (d.row_count == 2) return rolling_row<2, 2, kTransposed, kEnding>(d);
+    if (d->stride != 2 || d->width_in != 2 * d->width_out || d->width_out < 2) return false;
+    if (count == 2) {
+      if (upper == 3 && lower == 3) return rolling_rows<Window<2, 2, 0, 5>, kTransposed, kEnding>(d);
+      if (upper == 2 && lower == 3) return rolling_rows<Window<2, 2, 1, 5>, kTransposed, kEnding>(d);
+    } else {
+      if (upper == 3) return rolling_rows<Window<1, 2, 0, 3>, kTransposed, kEnding>(d);
+      if (upper == 2 && top) return rolling_rows<Window<1, 2, 1, 3>, kTransposed, kEnding>(d);
+      if (upper == 2) return rolling_rows<Window<1, 2, 0, 2>, kTransposed, kEnding>(d);
     }
   }
   return false;
 }
 
-// One row of outputs in any form: clamps and a gradient's mask beside the sums, everything else in another pass over the row. The
-// order of a layer's sums thus never depends on what is saved. False: not of these, nothing was done.
+// One row of outputs in any form, or two: clamps and a gradient's mask beside the sums, everything else in another pass over each row.
+// The order of a layer's sums thus never depends on what is saved. False: not of these, nothing was done.
 template <int K, bool kTransposed>
-bool depthwise_passes(Depthwise<T> d) {
-  const Epilogue<T> e = d.epilogue;
-  if (e.addend == e.out) return false;  // the first pass would overwrite it
-  const Ending ending = ending_of(e);
-  const bool gradient = kTransposed && (ending == Ending::kGradient || ending == Ending::kFisher);
+bool depthwise_passes(const Depthwise<T>* rows, int count) {
+  constexpr int kMost = K == 3 ? 2 : 1;
+  if (count > kMost) return false;
+  const Ending ending = ending_of(rows->epilogue);
+  const bool gradient = kTransposed && (ending == Ending::kGradient || ending == Ending::kFisher) && !rows->epilogue.bias;
   const bool clamp = ending == Ending::kRelu6 || ending == Ending::kClamp || ending == Ending::kSaving;
-  d.epilogue = Epilogue<T>{};
-  d.epilogue.out = e.out;
-  d.epilogue.out_stride = e.out_stride;
-  d.epilogue.bias = e.bias;
-  if (clamp) d.epilogue.activation = e.activation;
-  if (gradient) d.epilogue.mask_in = e.mask_in;
+  Depthwise<T> d[kMost];
+  for (int i = 0; i < count; ++i) {
+    d[i] = rows[i];
+    const Epilogue<T>& e = rows[i].epilogue;
+    if (e.addend == e.out) return false;  // the first pass would overwrite it
+    d[i].epilogue = Epilogue<T>{};
+    d[i].epilogue.out = e.out;
+    d[i].epilogue.out_stride = e.out_stride;
+    d[i].epilogue.bias = e.bias;
+    if (clamp) d[i].epilogue.activation = e.activation;
+    if (gradient) d[i].epilogue.mask_in = e.mask_in;
+  }
   const auto sums = [&](auto known) {
     constexpr Ending kEnding = known ? Ending::kGradient : Ending::kClamp;
     if constexpr (K == 3) {
-      return depthwise_rolling<kTransposed, kEnding>(d);
+      return depthwise_rolling<kTransposed, kEnding>(d, count);
     } else {
-      return depthwise_rows<K, kTransposed, kEnding>(d);
+      return depthwise_rows<K, kTransposed, kEnding>(d[0]);
     }
   };
   bool done;
@@ -237,18 +302,21 @@ bool depthwise_passes(Depthwise<T> d) {
     done = sums(Index<0>{});
   }
   if (!done) return false;
-  if (ending == Ending::kSaving) {
-    save_relu6_bits<8>(e, d.channels, 0, d.width_out);
-  } else if (ending == Ending::kFisher) {
-    for (int c = 0; c < d.channels; c += kLanes) {
-      V fisher{};
-      for (int64_t at = c; at < d.width_out * e.out_stride; at += e.out_stride) fisher += load(e.out + at) * load(e.values + at);
-      add_fisher(e, fisher, c, d.channels);
+  for (int i = 0; i < count; ++i) {
+    const Epilogue<T>& e = rows[i].epilogue;
+    if (ending == Ending::kSaving) {
+      save_relu6_bits<8>(e, d->channels, 0, d->width_out);
+    } else if (ending == Ending::kFisher && gradient) {
+      for (int c = 0; c < d->channels; c += kLanes) {
+        V fisher{};
+        for (int64_t at = c; at < d->width_out * e.out_stride; at += e.out_stride) fisher += load(e.out + at) * load(e.values + at);
+        add_fisher(e, fisher, c, d->channels);
+      }
+    } else if (!gradient && !clamp && ending != Ending::kLinear) {
+      Epilogue<T> rest = e;
+      rest.bias = nullptr;
+      apply_epilogue(e.out, d->width_out, d->channels, rest);
     }
-  } else if (!gradient && !clamp && ending != Ending::kLinear) {
-    Epilogue<T> rest = e;
-    rest.bias = nullptr;
-    apply_epilogue(e.out, d.width_out, d.channels, rest);
   }
   return true;
 }

@@ -174,15 +174,20 @@ TT_INLINE void finish_sums(const Epilogue<T>& e, V (&sums)[P][N], int64_t pixel,
 // depthwise kernel, one vector of channels at a time, would write every byte in two halves.
 template <int P>
 TT_INLINE void save_relu6_bits(const Epilogue<T>& e, int channels, int pixel, int pixels) {
+  const auto eight = [&](int c, auto whole) __attribute__((always_inline)) {
+    const T* from = e.out + pixel * e.out_stride + c;
+    V v[P][2];
+    unroll<P>(TT_EACH {
+      const T* at = row_of(from, i, e.out_stride);
+      v[i][0] = load(at);
+      v[i][1] = whole ? load(at + kLanes) : V{};
+    });
+    store_relu6_bytes<P>(v, e.mask_out + static_cast<int64_t>(pixel) * mask_bytes(channels) + c / 8, mask_bytes(channels));
+  };
   for (; pixel + P <= pixels; pixel += P) {
-    for (int c = 0; c < channels; c += 8) {
-      V v[P][2];
-      unroll<2 * P>(TT_EACH {
-        const T* from = e.out + (pixel + i / 2) * e.out_stride + c + i % 2 * kLanes;
-        v[i / 2][i % 2] = c + i % 2 * kLanes < channels ? load_halves(from) : V{};
-      });
-      store_relu6_bytes<P>(v, e.mask_out + static_cast<int64_t>(pixel) * mask_bytes(channels) + c / 8, mask_bytes(channels));
-    }
+    int c = 0;
+    for (; c + 8 <= channels; c += 8) eight(c, Index<1>{});
+    if (c < channels) eight(c, Index<0>{});
   }
   if constexpr (P > 1) save_relu6_bits<(P > 4 ? 4 : 1)>(e, channels, pixel, pixels);
 }
