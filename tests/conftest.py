@@ -6,8 +6,8 @@ Environment:
     TINYTRAIN_TEST_CASES: "all" (default), or "few" for an emulated CPU: the kernel tests then run
         one case, that of least work, for every kind of case (cases.py), and the tests of whole
         passes and plans run on one network, MCUNet, which has every kind of layer; the demo is
-        not run at full length, evaluations of many methods and meta-training, which no device
-        does, not at all. pytest counts what that leaves out as deselected.
+        not run at full length; evaluations of many methods, meta-training and the examples in
+        PyTorch, which no device does, not at all. pytest counts what that leaves out as deselected.
 """
 
 import os
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = RELEASE_FILES.keys() - {"mcunet"}
 
     def left_out(item: pytest.Item) -> bool:
-        if item.path.name in {"test_offline.py", "test_offline_training.py"}:
+        if item.path.name in {"test_offline.py", "test_offline_training.py", "test_nn_examples.py"}:
             return True  # no device trains in PyTorch, and an emulated one takes minutes
         if item.path.name == "test_evaluate.py" and hasattr(item, "fixturenames"):
             return bool({"domains", "every_row"}.intersection(item.fixturenames))
