@@ -34,7 +34,7 @@ from .step import CachedJob, peer_job
 
 IMAGES, ITERATIONS = 25, 40
 PEER_ITERATIONS = 4
-# A stretch holds whole draws of views, which `adapt` makes sixteen at a time.
+# A stretch holds as many steps as `adapt` draws views for at a time.
 STRETCHES_A_ROUND, STEPS_A_STRETCH = 15, 64
 
 
