@@ -74,6 +74,7 @@ def test_the_command(capsys, tmp_path, network):
         assert part in text
 
 
+@pytest.mark.all_cases
 def test_the_embedded_network_learns_the_task(capsys):
     before, after = [], []
     for seed in (0, 1):

@@ -39,8 +39,6 @@ from tinytrain_ext.network import Network
 from tinytrain_ext.protonet import cosine_logits
 from tinytrain_ext.selection import UpdatePolicy
 
-FEW = os.environ.get("TINYTRAIN_TEST_CASES") == "few"
-
 DOMAINS = ("shapes", "stripes")
 TIMES = {"seconds", "selection_seconds", "cpu_seconds"}
 # The tiny network's late layers hold most of its MACs.
@@ -641,7 +639,7 @@ def test_two_files_of_one_name_and_changed_weights(
     assert "rows there are of other weights" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(FEW, reason="an emulated CPU takes minutes to start processes with PyTorch")
+@pytest.mark.all_cases
 def test_two_processes_give_the_table_of_one(
     network: Path, data: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

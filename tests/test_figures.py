@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import html.parser
 import json
-import os
 import re
 from pathlib import Path
 
@@ -22,9 +21,7 @@ from tinytrain_ext.cost import profile
 from tinytrain_ext.evaluate import Row, channels_of, digest_of, summary
 from tinytrain_ext.figures import write_report
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TINYTRAIN_TEST_CASES") == "few", reason="no device draws reports"
-)
+pytestmark = pytest.mark.all_cases
 
 DOMAINS = ["traffic_sign", "omniglot"]
 METHODS = ["none", "lastlayer", "fulltrain", "tinytl", "sparseupdate", "tinytrain"]

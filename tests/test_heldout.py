@@ -198,6 +198,7 @@ def test_adapt_by_it():
     assert set(result.policy.layers) <= set(reachable_layers(profile(network), budget))
     losses = [iteration.loss for iteration in result.history]
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    images, labels = shapes_task(shots=2)
     with pytest.raises(BudgetExceeded) as error:
         adapt(network, images, labels, budget=Budget(1000, 0.5), criterion="held_out")
     needed = Budget(error.value.needed_bytes, 0.5)

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tinytrain_ext.demo import draw_task, save_images
 from tinytrain_ext.network import Network
+
+pytestmark = pytest.mark.all_cases
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

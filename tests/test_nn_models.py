@@ -27,7 +27,6 @@ from tinytrain_ext.session import Session, plan
 from tolerance import assert_as_good_as_naive
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-NAMES = ("tiny", "mcunet", "mobilenetv2", "proxylessnas")
 
 
 @functools.cache
@@ -307,7 +306,9 @@ def test_fisher_information_of_any_model():
         nn.fisher_information(converted, lambda y, t: y.sum() * torch.nan, [(x, labels)])
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(
+    params=("tiny", *(pytest.param(name, marks=pytest.mark.all_cases) for name in ARCHITECTURES))
+)
 def network(request) -> Network:
     """The small random network, then the three imported ones where there are any."""
     if request.param == "tiny":

@@ -15,6 +15,8 @@ from tinytrain_ext.offline.augment import Augmentation, turn
 from tinytrain_ext.offline.backbones import Backbone, embed
 from tinytrain_ext.offline.evaluate_backbone import episode_accuracy
 
+pytestmark = pytest.mark.all_cases
+
 
 @pytest.fixture
 def images() -> np.ndarray:

@@ -42,8 +42,7 @@ from tinytrain_ext.offline.recipes import (
 )
 from tinytrain_ext.offline.training import Epoch, Ranks, Run, learning_rate
 
-FEW = os.environ.get("TINYTRAIN_TEST_CASES") == "few"
-FEW_REASON = "an emulated CPU takes minutes to start processes with PyTorch"
+pytestmark = pytest.mark.all_cases
 
 PRE = PretrainRecipe(
     stages=(Stage(16, 2), Stage(24, 2)), batch_size=8, warmup_epochs=1, rotated=0.5, seed=3
@@ -301,8 +300,6 @@ def start_ranks(count: int, out: Path, dtype: str) -> list[subprocess.Popen[byte
 def test_any_number_of_processes_gives_the_same_losses(
     count: int, dtype: str, tmp_path: Path
 ) -> None:
-    if FEW and (count, dtype) != (2, "float64"):
-        pytest.skip(FEW_REASON)
     processes = start_ranks(count, tmp_path / "several", dtype)
     alone = meta_losses(tmp_path / "alone", dtype, Ranks())
     assert [process.wait(timeout=300) for process in processes] == [0] * count
@@ -411,7 +408,6 @@ def test_an_unreadable_image_is_named(folder: Path, capsys: pytest.CaptureFixtur
     assert "class3/05.png" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(FEW, reason=FEW_REASON)
 def test_a_killed_run_goes_on_to_the_same_bits(folder: Path) -> None:
     def command(name: str) -> list[str]:
         begin = [sys.executable, "-m", "tinytrain_ext", "meta-train", "--quiet", "--epochs", "40"]

@@ -155,6 +155,7 @@ def test_what_is_installed_with_the_modules():
     assert (ROOT / "_core.pyi").is_file()
 
 
+@pytest.mark.all_cases
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
