@@ -29,6 +29,8 @@ from tinytrain_ext.selection import UpdatePolicy, last_layer
 from tinytrain_ext.session import Session
 from tinytrain_ext.views import Views
 
+pytestmark = pytest.mark.all_cases
+
 
 @pytest.fixture(scope="module")
 def network() -> Network:
