@@ -25,13 +25,14 @@ from .drawing import (
     mebi,
     name_rows,
     new_drawing,
-    place_labels,
+    place_numbers,
     plain_name,
 )
 
 MOST_CIRCLES = 9
 
 _MOST_POINTS = 900.0  # area of the largest circle, in square points
+_KEY_LINE = 0.18  # inches
 
 
 def accuracy_and_macs(report: Report) -> list[str]:
@@ -43,11 +44,11 @@ def accuracy_and_macs(report: Report) -> list[str]:
             continue
         if len(names) > MOST_CIRCLES:
             names = [name for name in names if ":" not in name or name == report.reference]
-        drawing, axes = new_drawing(WIDTH, 3.5)
+        drawing, axes = new_drawing(WIDTH, 3.2 + _KEY_LINE * len(names))
         bytes_of = {name: group.mean(name, "paper_bytes") for name in names}
         scale = _MOST_POINTS / max(*bytes_of.values(), 8 * MEBI)
-        labels = []
-        for name in names:
+        circles = []
+        for number, name in enumerate(names, 1):
             accuracy, interval = mean_and_interval(group.accuracies(name))
             place = group.mean(name, "backward_macs") / 1e6, accuracy
             colour = colour_of(name)
@@ -55,26 +56,31 @@ def accuracy_and_macs(report: Report) -> list[str]:
             axes.scatter(
                 *place, scale * bytes_of[name], color=colour, alpha=0.75, linewidths=0, zorder=3
             )
-            radius = math.sqrt(scale * bytes_of[name] / math.pi)
-            labels.append((place, radius, f"{plain_name(name)}\n{mebi(bytes_of[name])}", name))
+            words = plain_name(name).replace("\n", ": ", 1).replace("\n", " ")
+            entry = f"{number}  {words}, {mebi(bytes_of[name])}"
+            axes.plot([], [], "o", color=colour, alpha=0.75, mew=0, label=entry)
+            circles.append((place, math.sqrt(scale * bytes_of[name] / math.pi)))
         axes.margins(y=0.16)
-        axes.set_xlim(0, 1.14 * max(place[0] for place, *_ in labels))
+        axes.set_xlim(0, 1.14 * max(place[0] for place, _ in circles))
         if group.accuracies("none"):
             unadapted = fmean(group.accuracies("none"))
             axes.axhline(unadapted, color=COLOUR["grey"], ls=(0, (4, 3)), lw=1)
             text = axes.annotate(
                 "without adaptation",
                 (1, unadapted),
-                (0, -3),
+                (0, 3),
                 ha="right",
-                va="top",
+                va="bottom",
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
             )
             text.set_color(COLOUR["soft"])
         axes.set_xlabel("backward pass, million MACs an image")
         axes.set_ylabel("accuracy, %")
-        place_labels(drawing, axes, labels, report.reference)
+        key = drawing.legend(loc="outside lower left", fontsize=8, handlelength=1)
+        if report.reference in names:
+            key.get_texts()[names.index(report.reference)].set_fontweight("bold")
+        place_numbers(drawing, axes, circles)
         description = "accuracy against backward MACs, circles by memory"
         figures.append(report.figure(group, "accuracy-macs", drawing, description))
     return grid(figures)

@@ -6,13 +6,12 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from html import escape
-from itertools import product
+from operator import itemgetter
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from ..evaluate import Method
 from ..page import COLOURS
@@ -96,63 +95,41 @@ def name_rows(axes: Axes, methods: Sequence[str]) -> None:
 _AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
 
 
-def place_labels(
-    drawing: Figure,
-    axes: Axes,
-    labels: Sequence[tuple[tuple[float, float], float, str, str]],
-    reference: str,
+def place_numbers(
+    drawing: Figure, axes: Axes, circles: Sequence[tuple[tuple[float, float], float]]
 ) -> None:
-    """Writes each circle's label beside it, where it covers least of the others."""
+    """Writes 1, 2, ... beside circles (place, radius in points), where each covers least of them.
+
+    Names are longer than the room between circles: they belong into a key.
+    """
     canvas: Any = FigureCanvasAgg(drawing)
     canvas.draw()  # places need a layout
     renderer = canvas.get_renderer()
-    points_to_pixels = drawing.dpi / 72
-    frame = axes.get_window_extent(renderer)
-    circles = []
-    for place, radius, _, _ in labels:
+    taken = []
+    for place, radius in circles:
         x, y = axes.transData.transform(place)
-        reach = radius * points_to_pixels
-        circles.append((x - reach, y - reach, x + reach, y + reach))
-    taken: list[tuple[float, float, float, float]] = []
-    for (place, radius, text, name), circle in zip(labels, circles, strict=True):
-        gap = radius + 3
-        best = None
-        for farther, (right, up) in product((0, 22, 44, 66), _AROUND):
+        reach = radius * drawing.dpi / 72
+        taken.append((x - reach, y - reach, x + reach, y + reach))
+    for number, (place, radius) in enumerate(circles, 1):
+        found = []
+        for right, up in _AROUND:
             label = axes.annotate(
-                text,
+                str(number),
                 place,
-                (right * (gap + farther), up * (gap + farther)),
+                (right * (radius + 2), up * (radius + 2)),
                 textcoords="offset points",
                 ha={1: "left", 0: "center", -1: "right"}[right],
                 va={1: "bottom", 0: "center", -1: "top"}[up],
                 fontsize=8,
-                linespacing=1.15,
-                fontweight="bold" if name == reference else "normal",
-                annotation_clip=False,
-                arrowprops={"arrowstyle": "-", "lw": 0.6, "color": COLOUR["soft"], "shrinkB": 0}
-                if farther
-                else None,
             )
-            label.set_in_layout(False)
-            label.update_positions(renderer)
-            box = Text.get_window_extent(label, renderer)  # without its line
+            box = label.get_window_extent(renderer)
             corners = (box.x0, box.y0, box.x1, box.y1)
-            covered = sum(
-                _overlap(corners, other) for other in (*taken, *circles) if other is not circle
-            )
-            outside = (box.width * box.height) - _overlap(
-                corners, (frame.x0, frame.y0, frame.x1, frame.y1)
-            )
-            cost = covered + 2 * outside
-            if best is None or cost < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = cost, label, corners
-            else:
-                label.remove()
-            if best[0] == 0:
-                break
-        assert best is not None
+            others = (other for n, other in enumerate(taken, 1) if n != number)
+            found.append((sum(_overlap(corners, other) for other in others), label, corners))
+        best = min(found, key=itemgetter(0))
+        for choice in found:
+            if choice is not best:
+                choice[1].remove()
         taken.append(best[2])
 
 
