@@ -44,12 +44,28 @@ def tiny() -> Network:
     return with_random_biases(tiny_network(feature_mix=True))
 
 
-@pytest.fixture(params=("tiny", *PAPER_NETWORKS))
+NETWORKS = ("tiny", *PAPER_NETWORKS)
+
+
+@pytest.fixture(params=NETWORKS)
 def network(request) -> Network:
     """The small random network, then the three imported ones where there are any."""
     if request.param == "tiny":
         return tiny()
     return request.getfixturevalue("imported_networks")[request.param]
+
+
+def all_of_tiny(*values: str, of_all: str = ""):
+    """Networks and values; of the others than the small one, `few` takes `of_all` only."""
+    return [
+        pytest.param(
+            name,
+            value,
+            marks=[pytest.mark.all_cases] * (name != "tiny" and value != of_all),
+        )
+        for name in NETWORKS
+        for value in values
+    ]
 
 
 def task(network: Network, ways: int = 2, shots: int = 1, seed: int = 0):
@@ -194,7 +210,11 @@ def test_random_graphs_equal_torch(seed):
     assert_same_bits({"features": tight.embed(images)}, {"features": session.embed(images)})
 
 
-@pytest.mark.parametrize("kind", ["residual pointwise2", "last convolution"])
+@pytest.mark.parametrize(
+    ("network", "kind"),
+    all_of_tiny("residual pointwise2", "last convolution"),
+    indirect=["network"],
+)
 def test_fisher_of_linear_outputs_equals_per_image_torch(network, kind):
     """These outputs must be kept as they are: before the residual add, and before the pool."""
     adds = [o for o in network.operations if o.kind == "add"]
@@ -232,7 +252,9 @@ def torch_step(model: TorchNetwork, optimizer: torch.optim.Optimizer, policy: Up
     optimizer.step()
 
 
-@pytest.mark.parametrize("optimizer", STEPPING)
+@pytest.mark.parametrize(
+    ("network", "optimizer"), all_of_tiny(*STEPPING, of_all="adam"), indirect=["network"]
+)
 def test_several_steps_equal_torch(network, optimizer):
     """Algorithm 1's loop: prototypes again under the new weights, one pass, one step."""
     steps, rate = 2, {"adam": 1e-3, "sgd": 1e-2, "momentum": 1e-2}[optimizer]
