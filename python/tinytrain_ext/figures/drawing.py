@@ -6,12 +6,12 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from html import escape
-from operator import itemgetter
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from ..evaluate import Method
 from ..page import COLOURS
@@ -111,26 +111,29 @@ def place_numbers(
         reach = radius * drawing.dpi / 72
         taken.append((x - reach, y - reach, x + reach, y + reach))
     for number, (place, radius) in enumerate(circles, 1):
-        found = []
-        for right, up in _AROUND:
-            label = axes.annotate(
-                str(number),
-                place,
-                (right * (radius + 2), up * (radius + 2)),
-                textcoords="offset points",
-                ha={1: "left", 0: "center", -1: "right"}[right],
-                va={1: "bottom", 0: "center", -1: "top"}[up],
-                fontsize=8,
-            )
-            box = label.get_window_extent(renderer)
-            corners = (box.x0, box.y0, box.x1, box.y1)
-            others = (other for n, other in enumerate(taken, 1) if n != number)
-            found.append((sum(_overlap(corners, other) for other in others), label, corners))
-        best = min(found, key=itemgetter(0))
-        for choice in found:
-            if choice is not best:
-                choice[1].remove()
-        taken.append(best[2])
+        label = axes.annotate(str(number), place, (0, 0), textcoords="offset points", fontsize=8)
+        gap = radius + 2
+        others = [other for n, other in enumerate(taken, 1) if n != number]
+        covered = {}
+        for side in _AROUND:
+            corners = _put_beside(label, side, gap, renderer)
+            covered[side] = sum(_overlap(corners, other) for other in others)
+        best = min(_AROUND, key=covered.__getitem__)
+        taken.append(_put_beside(label, best, gap, renderer))
+
+
+def _put_beside(
+    label: Annotation, side: tuple[int, int], gap: float, renderer: Any
+) -> tuple[float, float, float, float]:
+    """Moves a label to a side of its place, `gap` points away; where it then is, in pixels."""
+    right, up = side
+    label.set(
+        position=(right * gap, up * gap),
+        ha={1: "left", 0: "center", -1: "right"}[right],
+        va={1: "bottom", 0: "center", -1: "top"}[up],
+    )
+    box = label.get_window_extent(renderer)
+    return box.x0, box.y0, box.x1, box.y1
 
 
 def _overlap(

@@ -151,10 +151,10 @@ def job(folders: list[Path]) -> list[dict[str, Any]]:
             "iterations, new views": (new, new * 2 * weights),
             "iterations": (known / _COUNTED_ITERATIONS, known * 2 * weights),
         }
-        if not new:
-            del passes["iterations, new views"]
         one_total = four_total = 0.0
         for name, (times, traffic) in passes.items():
+            if not times:
+                continue
             alone, shared = parts[name], parts[name + ", shared"]
             memory = traffic / _BANDWIDTH
             one = times * (alone.cycles + shared.cycles) / _CLOCK + memory
