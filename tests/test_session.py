@@ -220,14 +220,14 @@ def test_fisher_of_linear_outputs_equals_per_image_torch(network, kind):
     adds = [o for o in network.operations if o.kind == "add"]
     residual = network.convolutions.index(adds[-1].inputs[1] - 1)
     layer = residual if kind == "residual pointwise2" else len(network.convolutions) - 1
-    images, labels = task(network, ways=2)
+    images, labels = task(network, ways=3)
     session = Session(network, fisher_layers=[layer], dtype="float64")
-    session.set_prototypes(images, labels, 2)
+    session.set_prototypes(images, labels, 3)
     session.proto_backward(images, labels, loss_weight=1)
     model = TorchNetwork(network)
-    prototypes, _, _ = support_and_loss(model, images, images, labels, 2)
+    prototypes, _, _ = support_and_loss(model, images, images, labels, 3)
     expected = 0
-    for n in range(2):
+    for n in range(3):
         x = normalise(images[n : n + 1], network, torch.float64)
         proto_loss(model(x), labels[n : n + 1], prototypes, SCALE).sum().backward()
         output = model.outputs[layer]
@@ -257,7 +257,7 @@ def torch_step(model: TorchNetwork, optimizer: torch.optim.Optimizer, policy: Up
 )
 def test_several_steps_equal_torch(network, optimizer):
     """Algorithm 1's loop: prototypes again under the new weights, one pass, one step."""
-    steps, rate = 2, {"adam": 1e-3, "sgd": 1e-2, "momentum": 1e-2}[optimizer]
+    steps, rate = 3, {"adam": 1e-3, "sgd": 1e-2, "momentum": 1e-2}[optimizer]
     policy = mixed_policy(network)
     support, labels = task(network, seed=1)
     query, _ = task(network, seed=2)
