@@ -1,7 +1,7 @@
 #!/bin/bash
 # pip_install.sh [COMMAND...]: what the owner of a Raspberry Pi does, step by step: `pip install .` of this checkout into a virtual
 # environment, by an aarch64 Python, pip, CMake and g++, in a Debian root of their own; then `tinytrain demo`, or COMMAND with that
-# environment's programs on its PATH. On x86-64 all of it is emulated (some twenty processor minutes), on aarch64 it runs natively.
+# environment's programs on its PATH. On x86-64 all of it is emulated (most of an hour), on aarch64 it runs natively.
 # Needs root or sudo: for apt, for chroot, and on x86-64 for binfmt_misc, through which Linux starts the emulator. Whatever this
 # mounts or registers is gone when it ends.
 # Environment, all optional: TINYTRAIN_QEMU_CPU (default cortex-a53), TINYTRAIN_AARCH64_WORK as for test.sh.
@@ -30,7 +30,7 @@ if [ ! -e "$root/complete" ]; then
     base-files bash coreutils sed grep ca-certificates g++ python3-venv python3.11-venv python3-dev
   # What the packages' own scripts would have done.
   ln -sf bash "$root/bin/sh"
-  mkdir -p "$root"/{proc,dev,tmp,root,etc/ssl/certs}
+  mkdir -p "$root"/{proc,dev,tmp,root,srv,etc/ssl/certs}
   chmod 1777 "$root/tmp"
   echo 'root:x:0:0:root:/root:/bin/bash' > "$root/etc/passwd"
   echo 'root:x:0:' > "$root/etc/group"
@@ -40,24 +40,24 @@ fi
 cp -L --remove-destination /etc/resolv.conf /etc/hosts "$root/etc/"
 cp -L --remove-destination /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
 if [ -e /etc/pip.conf ]; then cp -L /etc/pip.conf "$root/etc/"; fi
-rm -rf "$root/root/tinytrain" "$root/root/environment"
-mkdir "$root/root/tinytrain"
-git -C "$project" ls-files -z | tar -C "$project" --null --files-from=- -c | tar -C "$root/root/tinytrain" -x
+rm -rf "$root"/srv/*
+mkdir -p "$root/srv/tinytrain"
+git -C "$project" ls-files -z | tar -C "$project" --null --files-from=- -c | tar -C "$root/srv/tinytrain" -x
 step "root"
 
-cat > "$root/root/install.sh" <<'INSIDE'
+cat > "$root/srv/install.sh" <<'INSIDE'
 set -euo pipefail
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_CACHE_DIR=1
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/srv PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_CACHE_DIR=1
 # A slow emulator lets connections time out.
 export PIP_RETRIES=20
 export SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt PIP_CERT=/etc/ssl/certs/ca-certificates.crt
-cd /root/tinytrain
+cd /srv/tinytrain
 python3 -c 'import platform; assert platform.machine() == "aarch64", platform.machine()'
 python3 -m venv ../environment
 ../environment/bin/pip install --quiet .
-export PATH=/root/environment/bin:$PATH
+export PATH=/srv/environment/bin:$PATH
 printf '%-40s %4d s\n' "pip install ." $SECONDS
-cd /root
+cd /srv
 python -c 'import tinytrain_ext._core as core; print(core.__file__, *core.available_isas())'
 exec "$@"
 INSIDE
@@ -81,5 +81,5 @@ QEMU_CPU=${TINYTRAIN_QEMU_CPU:-cortex-a53} unshare --mount --pid --fork --kill-c
   set -e
   mount --rbind /dev "$0/dev"
   mount -t proc proc "$0/proc"
-  exec chroot "$0" /bin/bash /root/install.sh "$@"' "$root" "$@"
+  exec chroot "$0" /bin/bash /srv/install.sh "$@"' "$root" "$@"
 step "pip install . and ${*}"
