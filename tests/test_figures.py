@@ -34,6 +34,7 @@ ABLATIONS = [
 VIEWS = {
     "accuracy-macs": "Accuracy against compute",
     "accuracy": "Accuracy by domain",
+    "by-support": "Few photos or many",
     "costs": "Memory and compute",
     "single-layers": "Gain of training one layer",
     "channels": "Channels chosen for the task, or not",
@@ -116,7 +117,14 @@ def test_every_view_is_there(page: str, folder: Path) -> None:
         assert section(page, anchor).startswith(title)
     assert 'id="missing"' not in page
     images = {path.stem for path in folder.glob("*.png")}
-    drawn = {"accuracy-macs", "differences", "latency", "layers", "which-channels"}
+    drawn = {
+        "accuracy-macs",
+        "differences",
+        "by-support",
+        "latency",
+        "layers",
+        "which-channels",
+    }
     assert images == {
         *(f"{name}-small-0" for name in (*drawn, "single-layers", "channels", "meta-training")),
         *(f"{name}-small-meta-1" for name in drawn),
@@ -162,6 +170,39 @@ def test_accuracies_and_differences_are_the_summary_s(rows: list[Row], page: str
         text = f"{cell['mean']:+.1f} ± {cell['interval']:.1f}"
         assert text.replace("-", "\N{MINUS SIGN}") in shown
     assert "channels random" not in shown  # it has a view of its own
+
+
+def test_thirds_of_the_tasks_by_their_support_sets(rows: list[Row], page: str) -> None:
+    def accuracies(method: str) -> dict[tuple[int, str, int], float]:
+        return {
+            (row["support"], row["domain"], row["task"]): 100 * row["accuracy"]
+            for row in rows
+            if (row["network"], row["method"]) == ("small", method)
+        }
+
+    ours, full = accuracies("tinytrain"), accuracies("fulltrain")
+    shown = section(page, "by-support")
+    by_size = sorted(ours)
+    assert len({size for size, *_ in by_size}) == len(by_size) == 6
+    for third in (by_size[:2], by_size[2:4], by_size[4:]):
+        (least, *_), (most, *_) = third
+        assert f"{least} to {most} images, 2 tasks" in shown
+        mean = float(np.mean([full[task] - ours[task] for task in third]))
+        assert f" {mean:+.1f}".replace("-", "\N{MINUS SIGN}") in shown
+
+
+def test_tasks_of_one_support_size_stay_together(tmp_path: Path) -> None:
+    rows = made_up_rows({"tiny": tiny_network()}, ["omniglot"], ["none", "lastlayer"], 9)
+    for row in rows:
+        row["support"] = [25, 25, 25, 25, 50, 50, 100, 100, 100][row["task"]]
+    page = write_report(rows, "none", tmp_path).read_text(encoding="utf-8")
+    shown = section(page, "by-support")
+    sizes = ("25 images, 4 tasks", "50 images, 2 tasks", "100 images, 3 tasks")
+    assert all(text in shown for text in sizes)
+    for row in rows:
+        row["support"] = 25
+    page = write_report(rows, "none", tmp_path).read_text(encoding="utf-8")
+    assert "Few photos or many" in section(page, "missing")
 
 
 def test_costs_are_in_both_accountings(rows: list[Row], page: str) -> None:
@@ -224,7 +265,14 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     page = write_report(rows, "none", tmp_path).read_text(encoding="utf-8")
     Structure(page)
     missing = section(page, "missing")
-    absent = {"accuracy-macs", "single-layers", "channels", "meta-training", "selection"}
+    absent = {
+        "accuracy-macs",
+        "by-support",
+        "single-layers",
+        "channels",
+        "meta-training",
+        "selection",
+    }
     for anchor, title in VIEWS.items():
         assert (f'<section id="{anchor}">' in page) == (anchor not in absent)
         assert (f"{title} (" in missing) == (anchor in absent)

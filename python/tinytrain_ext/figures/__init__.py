@@ -20,7 +20,7 @@ from ..evaluate import Method, Row
 from ..network import write_atomically
 from ..page import Page
 from .ablations import channel_rules, single_layers
-from .accuracy import MOST_CIRCLES, accuracies, accuracy_and_macs, meta_training
+from .accuracy import MOST_CIRCLES, accuracies, accuracy_and_macs, by_support, meta_training
 from .comparison import Report
 from .costs import costs_and_ratios, latency, sizes_of_tasks
 from .drawing import STYLE
@@ -99,6 +99,15 @@ _VIEWS = (
         "dots are all domains together and small strokes single domains.",
         "needs rows of a method.",
         accuracies,
+    ),
+    _View(
+        "by-support",
+        "Few photos or many",
+        "by size of the support set",
+        "Each method minus the reference on the same tasks, apart for the third of the tasks with "
+        "the fewest support images (pale), the next and the one with the most.",
+        "needs rows of the reference and another method, of at least six tasks.",
+        by_support,
     ),
     _View(
         "costs",

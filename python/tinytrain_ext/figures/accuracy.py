@@ -1,4 +1,4 @@
-"""Accuracies: against compute, by domain and paired, with and without meta-training."""
+"""Accuracies: against compute, by domain, by support size, with and without meta-training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import fmean
 from ..episodes import mean_and_interval
 from ..evaluate import Method, Row, summary
 from ..page import table
-from .comparison import Group, Report, paired
+from .comparison import Group, Place, Report, paired
 from .drawing import (
     COLOUR,
     MEBI,
@@ -33,6 +33,7 @@ MOST_CIRCLES = 9
 
 _MOST_POINTS = 900.0  # area of the largest circle, in square points
 _KEY_LINE = 0.18  # inches
+_SHADES = (0.3, 0.6, 1.0)  # of thirds of the tasks, fewest support images first
 
 
 def accuracy_and_macs(report: Report) -> list[str]:
@@ -169,6 +170,65 @@ def _differences(report: Report, group: Group, cells: Mapping[tuple[str, str], R
     reference = TITLES[Method.parse(report.reference).kind]
     axes.set_xlabel(f"points above or below {reference}", loc="right")
     return report.figure(group, "differences", drawing, "paired differences with intervals")
+
+
+def by_support(report: Report) -> list[str]:
+    """Differences to the reference, apart for the tasks with few, more and many support images."""
+    figures, tables = [], []
+    for group in report.groups:
+        parts = _by_support(group, report.reference)
+        differences = {
+            name: [paired(group, name, report.reference, within=part) for part in parts.values()]
+            for name in group.methods()
+            if name != report.reference
+        }
+        shown = [name for name, found in differences.items() if found and all(found)]
+        if not shown:
+            continue
+        cells = {name: [mean_and_interval(found) for found in differences[name]] for name in shown}
+        drawing, axes = new_drawing(WIDTH, 0.95 + 0.5 * len(shown))
+        axes.axvline(0, color=COLOUR["ink"], lw=1)
+        for third, (title, shade) in enumerate(zip(parts, _SHADES, strict=True)):
+            axes.plot([], [], "o", color=COLOUR["ink"], alpha=shade, mew=0, label=title)
+            for row, name in enumerate(reversed(shown)):
+                mean, interval = cells[name][third]
+                height, colour = row + 0.22 * (1 - third), colour_of(name)
+                axes.errorbar(
+                    mean, height, xerr=bar(interval), fmt="o", color=colour, alpha=shade, ms=5, lw=2
+                )
+        drawing.legend(loc="outside upper right", ncols=len(parts), title="support images")
+        name_rows(axes, shown[::-1])
+        axes.set_ylim(-0.6, len(shown) - 0.4)
+        reference = TITLES[Method.parse(report.reference).kind]
+        axes.set_xlabel(f"points above or below {reference}", loc="right")
+        description = "paired differences by the size of the support set"
+        figures.append(report.figure(group, "by-support", drawing, description))
+        body = [
+            [html_name(name), *(difference_text(*cell) for cell in cells[name])] for name in shown
+        ]
+        heads = [f"{title} images, {len(part)} tasks" for title, part in parts.items()]
+        title = f"{escape(group.label)}: minus {plain_name(report.reference)}, points, paired"
+        tables.append(table(["method", *heads], body, title))
+    return [*grid(figures), *tables]
+
+
+def _by_support(group: Group, reference: str) -> dict[str, set[Place]]:
+    """{range of support sizes: a third of the reference's tasks}, smallest sets first.
+
+    Tasks of one size stay together. None where there are too few sizes for intervals.
+    """
+    sizes = {place: row["support"] for place, row in group.cells.get(reference, {}).items()}
+    parts: list[set[Place]] = [set() for _ in _SHADES]
+    for place, size in sizes.items():
+        smaller = sum(other < size for other in sizes.values())
+        parts[len(parts) * smaller // len(sizes)].add(place)
+    if min(map(len, parts)) < 2:
+        return {}
+    named = {}
+    for part in parts:
+        least, *_, most = sorted(sizes[place] for place in part)
+        named[str(least) if least == most else f"{least} to {most}"] = part
+    return named
 
 
 def meta_training(report: Report) -> list[str]:

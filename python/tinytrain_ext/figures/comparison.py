@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -149,13 +149,14 @@ def paired(
     other: str,
     domain: str | None = None,
     base: Group | None = None,
+    within: Collection[Place] | None = None,
 ) -> list[float]:
     """Accuracy of a method minus that of another on the tasks both have done, points."""
     mine, theirs = group.cells.get(method, {}), (base or group).cells.get(other, {})
     return [
         100 * (row["accuracy"] - theirs[place]["accuracy"])
         for place, row in mine.items()
-        if place in theirs and domain in (None, place[0])
+        if place in theirs and domain in (None, place[0]) and (within is None or place in within)
     ]
 
 
