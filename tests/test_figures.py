@@ -240,6 +240,18 @@ def test_channel_rules_are_paired(rows: list[Row], page: str) -> None:
             assert f"{mean:+.1f}".replace("-", "\N{MINUS SIGN}") in shown
 
 
+def test_held_out_choices_have_no_share_of_channels(tmp_path: Path) -> None:
+    methods = ["tinytrain:criterion=held_out", "tinytrain:channels=random,criterion=held_out"]
+    rows = made_up_rows({"small": NETWORK}, ["omniglot"], methods, 4)
+    page = write_report(rows, methods[0], tmp_path).read_text(encoding="utf-8")
+    shown = section(page, "channels")
+    assert "channels by held-out gain minus others" in shown
+    ours, theirs = ([r["accuracy"] for r in rows if r["method"] == m] for m in methods)
+    mean = f"{100 * (np.mean(ours) - np.mean(theirs)):+.1f}".replace("-", "\N{MINUS SIGN}")
+    assert re.search(rf"of a layer over random omniglot .* chosen {re.escape(mean)} ", shown)
+    assert "L2 norm omniglot" not in shown
+
+
 def test_agreement_of_selections_by_hand(rows: list[Row], page: str) -> None:
     chosen = [
         {

@@ -132,29 +132,41 @@ def channel_rules(report: Report) -> list[str]:
             }
             if not compared:
                 continue
+            # A held-out choice has no share of its own: how many of a layer is part of it.
+            held_out = "criterion held_out" in rest
+            shares_text = {share: "chosen" if held_out else share_text(share) for share in compared}
+            chosen_by = "held-out gain" if held_out else _RULES["fisher"]
             name = "channels" if index == 0 else f"channels-{index}"
-            figures.append(_draw_channel_rules(report, group, name, compared))
+            figures.append(
+                _draw_channel_rules(report, group, name, compared, shares_text, chosen_by)
+            )
+            others = [r for r in ("random", "l2") if any(r in rules for rules in compared.values())]
             body = []
             for share, rules in compared.items():
-                cells = [share_text(share)]
-                for rule in ("random", "l2"):
+                cells = [shares_text[share]]
+                for rule in others:
                     for domain in (*group.domains, None):
                         gains = paired(group, rules["fisher"], rules.get(rule, ""), domain)
                         cells.append(difference_text(*mean_and_interval(gains)) if gains else "")
                 body.append(cells)
             heads = [
-                f"{rule_text}<br>{'all domains' if domain is None else escape(domain)}"
-                for rule_text in ("over random", "over L2 norm")
+                f"over {_RULES[rule]}<br>{'all domains' if domain is None else escape(domain)}"
+                for rule in others
                 for domain in (*group.domains, None)
             ]
-            title = f"{escape(group.label)}: Fisher's channels minus others, points, paired"
+            title = f"{escape(group.label)}: channels by {chosen_by} minus others, points, paired"
             title += f" ({escape(rest)})" if rest else ""
             tables.append(table(["of a layer", *heads], body, title))
     return [*grid(figures), *tables]
 
 
 def _draw_channel_rules(
-    report: Report, group: Group, name: str, compared: Mapping[float, Mapping[str, str]]
+    report: Report,
+    group: Group,
+    name: str,
+    compared: Mapping[float, Mapping[str, str]],
+    shares_text: Mapping[float, str],
+    chosen_by: str,
 ) -> str:
     drawing, axes = new_drawing(WIDTH, 3.1)
     for index, rule in enumerate(("random", "l2", "fisher")):
@@ -167,12 +179,12 @@ def _draw_channel_rules(
                 yerr=[bar(interval) for _, interval in cells],
                 fmt="s^o"[index] + "-",
                 color=COLOUR[_RULE_COLOURS[rule]],
-                label=_RULES[rule],
+                label=chosen_by if rule == "fisher" else _RULES[rule],
                 lw=1.6,
                 ms=5,
                 elinewidth=1,
             )
-    axes.set_xticks(range(len(compared)), [share_text(share) for share in compared])
+    axes.set_xticks(range(len(compared)), [shares_text[share] for share in compared])
     axes.set_xlim(-0.4, len(compared) - 0.6)
     axes.grid(axis="x", visible=False)
     axes.set_xlabel("of a layer's channels")
