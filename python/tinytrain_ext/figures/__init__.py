@@ -136,8 +136,8 @@ _VIEWS = (
         "channels",
         "Channels chosen for the task, or not",
         "Figures 4 and 6b",
-        "The same layers with as many channels, chosen by the task's Fisher information (or held-out "
-        "gain, where that is the criterion), by the norm of their weights, or at random.",
+        "The same layers with as many channels, chosen by the task's Fisher information (or its "
+        "held-out gain, if that is the criterion), by the norm of their weights, or at random.",
         "needs rows of <code>tinytrain:ratio=SHARE</code> and of "
         "<code>tinytrain:channels=random,ratio=SHARE</code> or <code>channels=l2</code> on the "
         "same tasks.",
