@@ -243,6 +243,19 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
         open_image_set(tmp_path, "fruit")
     with pytest.raises(FileNotFoundError, match="class 'figs': expected the folder"):
         list_images(tmp_path / "fruit", ["figs"])
+    write_images(tmp_path / "fruit", ["apples/thumbs"])
+    write_images(tmp_path, ["more/fruit"])
+    (tmp_path / "more" / "fruit" / "00.png").rename(tmp_path / "fruit" / "apples" / "00.png")
+    with pytest.raises(ValueError, match=r"apples: expected images or folders .* both \(thumbs\)"):
+        open_image_set(tmp_path, "fruit")
+
+
+@pytest.mark.parametrize("name", ["traffic_sign/", "./traffic_sign", "..", "", "more/traffic_sign"])
+def test_a_set_goes_by_one_name(tmp_path: Path, name: str) -> None:
+    write_images(tmp_path / "traffic_sign", ["00"])
+    write_images(tmp_path / "more" / "traffic_sign", ["00"])
+    with pytest.raises(ValueError, match=r"expected the name of a folder in .*, without a slash"):
+        open_image_set(tmp_path, name)
 
 
 # The cache

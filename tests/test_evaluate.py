@@ -123,6 +123,14 @@ def test_a_method_has_one_name(text: str, name: str) -> None:
         ("lastlayer:learning_rate=inf", "learning_rate: expected a number above 0, got 'inf'"),
         ("lastlayer:iterations=-1", "iterations: expected a whole number from 0, got '-1'"),
         ("tinytrain:blocks=0", "blocks: expected a whole number from 1, got '0'"),
+        ("tinytrain:budget=sparseupdate,compute=0.1", "budget=sparseupdate leaves no compute"),
+        ("tinytrain:memory=9,budget=sparseupdate", "budget=sparseupdate leaves no memory"),
+        ("tinytrain:criterion=held_out,ratio=1", "criterion=held_out leaves no ratio"),
+        ("tinytrain:per=macs,criterion=held_out", "criterion=held_out leaves no per"),
+        (
+            "lastlayer:optimizer=in_place_sgd,prototype_gradient=1",
+            "optimizer=in_place_sgd leaves no prototype_gradient",
+        ),
     ],
 )
 def test_what_is_no_method_is_named(text: str, message: str) -> None:
@@ -190,6 +198,9 @@ def test_what_is_no_domain_is_named(data: Path, tmp_path: Path) -> None:
     Image.new("RGB", (9, 9)).save(tmp_path / "few" / "one" / "1.png")
     with pytest.raises(ValueError, match="few: labels: expected at least 5 classes"):
         Domain(open_image_set(tmp_path, "few"))
+    (tmp_path / "few").rename(tmp_path / "all")
+    with pytest.raises(ValueError, match=r"domain 'all': .* rename the folder"):
+        Domain(open_image_set(tmp_path, "all"))
 
 
 # Evaluation
@@ -307,6 +318,9 @@ def test_what_are_no_rows_is_named(tmp_path: Path) -> None:
         ({"layers": {"one": ["out", "1"]}}, r"layers: expected \{layer: .*got 'one'"),
         ({"layers": {"1": ["out", "0"]}}, "layers: expected .*got '1'"),
         ({"layers": {"1": "out"}}, "layers: expected .*got '1'"),
+        ({"method": "best"}, "method 'best': expected one of"),
+        ({"support": 0}, "support: expected at least 1, got 0"),
+        ({"method": "layer:index=1"}, "layers: expected at least one of layer:index=1, got none"),
     ],
 )
 def test_what_is_wrong_in_a_row_is_named(
@@ -361,6 +375,14 @@ def test_methods_that_do_not_fit_a_network_fail_before_any_work(
     with pytest.raises(ValueError, match=message):
         run(domains, tmp_path, cache, parsed("none", method))
     assert list(read_rows(tmp_path)) == []
+
+
+def test_sgd_in_place_takes_one_thread(domains: list[Domain], tmp_path: Path, cache: Path) -> None:
+    methods = parsed("none", "lastlayer:iterations=1,optimizer=in_place_sgd")
+    with pytest.raises(ValueError, match="optimizer: in_place_sgd takes 1 thread, got 2"):
+        run(domains[:1], tmp_path, cache, methods, threads=2)
+    assert list(read_rows(tmp_path)) == []
+    assert len(run(domains[:1], tmp_path, cache, methods)) == 4
 
 
 def test_tinytl_without_pytorch_names_the_extra(

@@ -186,9 +186,10 @@ def test_thirds_of_the_tasks_by_their_support_sets(rows: list[Row], page: str) -
     assert len({size for size, *_ in by_size}) == len(by_size) == 6
     for third in (by_size[:2], by_size[2:4], by_size[4:]):
         (least, *_), (most, *_) = third
-        assert f"{least} to {most} images, 2 tasks" in shown
+        assert f"{least} to {most} images (tasks)" in shown
         mean = float(np.mean([full[task] - ours[task] for task in third]))
-        assert f" {mean:+.1f}".replace("-", "\N{MINUS SIGN}") in shown
+        text = f"{mean:+.1f}".replace("-", "\N{MINUS SIGN}")
+        assert re.search(rf" {re.escape(text)} ± [\d.]+ \(2\)", shown)
 
 
 def test_tasks_of_one_support_size_stay_together(tmp_path: Path) -> None:
@@ -197,8 +198,8 @@ def test_tasks_of_one_support_size_stay_together(tmp_path: Path) -> None:
         row["support"] = [25, 25, 25, 25, 50, 50, 100, 100, 100][row["task"]]
     page = write_report(rows, "none", tmp_path).read_text(encoding="utf-8")
     shown = section(page, "by-support")
-    sizes = ("25 images, 4 tasks", "50 images, 2 tasks", "100 images, 3 tasks")
-    assert all(text in shown for text in sizes)
+    assert "25 images (tasks) 50 images (tasks) 100 images (tasks)" in shown
+    assert re.search(r"LastLayer .*\(4\) .*\(2\) .*\(3\)", shown)
     for row in rows:
         row["support"] = 25
     page = write_report(rows, "none", tmp_path).read_text(encoding="utf-8")
@@ -270,6 +271,27 @@ def test_agreement_of_selections_by_hand(rows: list[Row], page: str) -> None:
     shown = section(page, "selection")
     assert re.search(rf"within traffic_sign [\d.]+ {np.mean(within):.2f} [\d.]+ 3 ", shown)
     assert re.search(rf"traffic_sign and omniglot [\d.]+ {np.mean(between):.2f} [\d.]+ 9 ", shown)
+
+
+def test_meta_training_is_drawn_of_tasks_that_both_have_done(tmp_path: Path) -> None:
+    networks = {"small": NETWORK, "small-meta": NETWORK}
+    rows = made_up_rows(networks, ["omniglot"], ["none"], 4)
+    fewer = [row for row in rows if row["network"] == "small" or row["task"] < 2]
+    write_report(fewer, "none", tmp_path / "fewer")
+    both = [row for row in rows if row["task"] < 2]
+    write_report(both, "none", tmp_path / "both")
+    drawing = "meta-training-small-0.png"
+    assert (tmp_path / "fewer" / drawing).read_bytes() == (tmp_path / "both" / drawing).read_bytes()
+
+
+@pytest.mark.parametrize("layers", [{"99": ["out", "1"]}, {"41": ["out", "f" * 99]}])
+def test_layers_that_the_network_has_not_are_named(tmp_path: Path, layers: Row) -> None:
+    rows = made_up_rows({"small": NETWORK}, ["omniglot"], ["tinytrain"], 1)
+    rows[0]["layers"] = layers
+    with pytest.raises(
+        ValueError, match=r"row of small, omniglot 0, tinytrain: layers: .* no layer"
+    ):
+        write_report(rows, "tinytrain", tmp_path, PROFILES)
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

@@ -80,9 +80,13 @@ def open_image_set(data: Path, name: str) -> ImageSet:
     above the class folders, or what stands before "__" in a class folder's name.
 
     Raises OSError for a folder or file that cannot be read, and ValueError for a set without
-    classes, a class without images, or a split that names classes the set has not.
+    classes, a class without images, a name that is a path, or a split that names classes the set
+    has not.
     """
     folder_name, _, subset = name.partition(":")
+    if folder_name in ("", "..") or Path(folder_name).name != folder_name:
+        # A set's split and its tracks go by its name: by another spelling they would be lost.
+        raise ValueError(f"{name!r}: expected the name of a folder in {data}, without a slash")
     directory = data / folder_name
     classes = _class_folders(directory)
     split = find_split(data, folder_name)
@@ -172,7 +176,12 @@ def _class_folders(directory: Path) -> list[str]:
     """Class folders below `directory`, as CLASS or SUPERCLASS/CLASS."""
     found: list[str] = []
     for folder in sorted(path for path in directory.iterdir() if path.is_dir()):
-        below = sorted(path for path in folder.iterdir() if path.is_dir())
+        entries = sorted(folder.iterdir())
+        below = [path for path in entries if path.is_dir()]
+        if below and any(path.suffix.lower() in SUFFIXES for path in entries):
+            raise ValueError(
+                f"{folder}: expected images or folders of images, got both ({below[0].name})"
+            )
         found += [f"{folder.name}/{path.name}" for path in below] or [folder.name]
     if not found:
         raise ValueError(f"{directory}: expected a folder for each class, got none")

@@ -160,6 +160,14 @@ _CHOICES: dict[str, Collection[str]] = {
 }
 
 
+# Where an option has this value, others would be ignored or cannot be.
+_EXCLUDED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+    ("budget", "sparseupdate", ("memory", "compute")),
+    ("criterion", "held_out", ("ratio", "per")),
+    ("optimizer", "in_place_sgd", ("prototype_gradient",)),
+)
+
+
 @dataclass(frozen=True)
 class Method:
     """A method and what differs from its defaults, such as "tinytrain:ratio=0.25".
@@ -183,7 +191,8 @@ class Method:
         and for ablations per (what the score divides by: "weights+macs", "weights", "macs" or
         "nothing"), blocks (how many of the last are inspected) and channels ("fisher", "random" or
         "l2": another choice on the same layers). layer trains `ratio` of the channels of the one
-        convolution `index` (negative: from the end), chosen by `channels`.
+        convolution `index` (negative: from the end), chosen by `channels`. An option that another
+        one makes meaningless is refused beside it.
         """
         kind, _, rest = text.partition(":")
         if kind not in METHODS:
@@ -208,6 +217,10 @@ class Method:
                 raise ValueError(f"method {text!r}: {name}: expected {expected}, got {got!r}")
         if kind == "layer" and "index" not in options:
             raise ValueError(f"method {text!r}: expected index=NUMBER")
+        for name, value, others in _EXCLUDED:
+            for other in others:
+                if options.get(name) == value and other in options:
+                    raise ValueError(f"method {text!r}: {name}={_text(value)} leaves no {other}")
         entries = ",".join(f"{name}={_text(options[name])}" for name in sorted(options))
         return cls(f"{kind}:{entries}" if entries else kind, kind, options)
 
@@ -259,6 +272,8 @@ class Domain:
     ) -> None:
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol: expected {' or '.join(PROTOCOLS)}, got {protocol!r}")
+        if image_set.name == "all":  # see `summary`
+            raise ValueError("domain 'all': tables call all domains together so; rename the folder")
         self.image_set = image_set
         self._seed = seed
         self.settings: Row = {
@@ -362,6 +377,12 @@ def _checked_row(line: bytes) -> Row:
         if not isinstance(value, types) or (isinstance(value, float) and not math.isfinite(value)):
             expected = " or ".join(of.__name__ for of in types)
             raise ValueError(f"{name}: expected {expected}, got {value!r:.60}")
+    kind = Method.parse(row["method"]).kind
+    for name in ("ways", "support", "query"):
+        if row[name] < 1:
+            raise ValueError(f"{name}: expected at least 1, got {row[name]}")
+    if kind in ("tinytrain", "layer") and not row["layers"]:
+        raise ValueError(f"layers: expected at least one of {row['method']}, got none")
     for layer, update in row["layers"].items():
         pair = isinstance(update, list) and len(update) == 2
         if not (layer.isdecimal() and pair and _MASK.fullmatch(str(update[1]))):
@@ -417,7 +438,8 @@ def evaluate(
     which lets frozen layers see each view once; None: fresh views in every iteration. shard:
     (rank, size) of this process, which takes every size-th task; cache: folder of decoded images
     (`cached_images`); progress: called with (phase, done, total).
-    Returns this process's rows, sorted; they do not depend on threads or processes, but for times.
+    Returns this process's rows, sorted; they do not depend on processes, nor (but for TinyTL's, by
+    PyTorch) on threads, except for times.
 
     Raises ValueError for a method that a network cannot be trained by, and where `rows` holds
     results of other weights under a network's name; BudgetExceeded naming the method whose budget
@@ -426,7 +448,7 @@ def evaluate(
     """
     for name, network in networks.items():
         for method in methods:
-            _check_method(method, name, network)
+            _check_method(method, name, network, threads)
     report = progress or (lambda phase, done, total: None)
     digests = {name: digest_of(network) for name, network in networks.items()}
     done: dict[tuple[Any, ...], Row] = {}
@@ -489,8 +511,12 @@ def evaluate(
     return [found[key] for key in sorted(found)]
 
 
-def _check_method(method: Method, name: str, network: Network) -> None:
+def _check_method(method: Method, name: str, network: Network, threads: int) -> None:
     """Finds before any work what would fail on the first task."""
+    if method.options.get("optimizer") == "in_place_sgd" and threads > 1:
+        raise ValueError(
+            f"method {method.name!r}: optimizer: in_place_sgd takes 1 thread, got {threads}"
+        )
     count = len(network.convolutions)
     index = method.options.get("index", 0)
     if not -count <= index < count:

@@ -128,8 +128,19 @@ def _parts(
     """All channels of `layers` (ascending), in parts whose gradients and sums fit; late first."""
     from .session import plan
 
-    def needed(policy: UpdatePolicy) -> int:
-        return plan(network, policy, **options).peak_bytes + _sum_bytes(costs, policy)
+    def needed(policy: UpdatePolicy, limit: int) -> int:
+        """Bytes of arena and sums: of a plan within the limit, or of the smallest there is."""
+        sums = _sum_bytes(costs, policy)
+        try:
+            room = max(1, limit - sums)
+            return plan(network, policy, memory_bytes=room, **options).peak_bytes + sums
+        except BudgetExceeded as error:
+            if error.needed_bytes is None:
+                raise
+            return error.needed_bytes + sums
+
+    def fits(policy: UpdatePolicy) -> bool:
+        return memory_bytes is None or needed(policy, memory_bytes) <= memory_bytes
 
     parts: list[UpdatePolicy] = []
     waiting = [(layer, range(costs.layers[layer].out_channels)) for layer in layers]
@@ -139,16 +150,16 @@ def _parts(
         if parts:
             joined = UpdatePolicy({**parts[-1].layers, layer: channels})
             apart = layer in parts[-1].layers
-            if not apart and (memory_bytes is None or needed(joined) <= memory_bytes):
+            if not apart and fits(joined):
                 parts[-1] = joined
                 continue
-        if memory_bytes is None or needed(alone) <= memory_bytes:
+        if fits(alone):
             parts.append(alone)
         elif len(channels) > 1:
             half = len(channels) // 2
             waiting += [(layer, channels[:half]), (layer, channels[half:])]
         else:
-            smallest = max(needed(UpdatePolicy({layer: (0,)})) for layer in layers)
+            smallest = max(needed(UpdatePolicy({layer: (0,)}), 1) for layer in layers)
             raise BudgetExceeded(
                 f"memory_bytes: expected at least {smallest} for the arena and the sums beside it, "
                 f"got {memory_bytes}",

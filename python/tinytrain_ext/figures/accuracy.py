@@ -204,9 +204,16 @@ def by_support(report: Report) -> list[str]:
         description = "paired differences by the size of the support set"
         figures.append(report.figure(group, "by-support", drawing, description))
         body = [
-            [html_name(name), *(difference_text(*cell) for cell in cells[name])] for name in shown
+            [
+                html_name(name),
+                *(
+                    f"{difference_text(*cell)} <small>({len(of)})</small>"
+                    for cell, of in zip(cells[name], differences[name], strict=True)
+                ),
+            ]
+            for name in shown
         ]
-        heads = [f"{title} images, {len(part)} tasks" for title, part in parts.items()]
+        heads = [f"{title} images (tasks)" for title in parts]
         title = f"{escape(group.label)}: minus {plain_name(report.reference)}, points, paired"
         tables.append(table(["method", *heads], body, title))
     return [*grid(figures), *tables]
@@ -252,7 +259,11 @@ def meta_training(report: Report) -> list[str]:
             continue
         drawing, axes = new_drawing(WIDTH, 0.95 + 0.4 * len(shown))
         for height, name in enumerate(reversed(shown)):
-            before, after = fmean(group.accuracies(name)), fmean(trained.accuracies(name))
+            both = [place for place in group.cells[name] if place in trained.cells[name]]
+            before, after = (
+                100 * fmean(of.cells[name][place]["accuracy"] for place in both)
+                for of in (group, trained)
+            )
             colour = colour_of(name)
             axes.plot([before, after], [height, height], color=colour, lw=2, alpha=0.45)
             axes.plot(before, height, "o", mfc=COLOUR["ground"], mec=colour, mew=1.6, ms=7)

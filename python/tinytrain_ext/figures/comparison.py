@@ -75,6 +75,9 @@ class Report:
         self.reference = reference
         self.profiles = profiles
         self._folder = folder
+        for row in rows:
+            if row["network"] in profiles:
+                _check_layers(row, profiles[row["network"]])
         found: dict[tuple[Any, ...], Group] = {}
         for row in rows:
             settings = settings_of(row)
@@ -141,6 +144,15 @@ class Report:
         svg = inline_svg(text.getvalue(), name, f"{group.label}: {description}")
         style = ' class="wide" tabindex="0"' if wide else ""
         return f"<figure{style}><figcaption>{escape(group.label)}</figcaption>{svg}</figure>"
+
+
+def _check_layers(row: Row, costs: Profile) -> None:
+    """Rows come from files: raises ValueError for a layer or channel that the network has not."""
+    for layer, (axis, mask) in row["layers"].items():
+        known = int(layer) < len(costs.layers)
+        if not known or int(mask, 16).bit_length() > costs.layers[int(layer)].channels(axis):
+            of = f"{row['network']}, {row['domain']} {row['task']}, {row['method']}"
+            raise ValueError(f"row of {of}: layers: the network has no layer {layer} so wide")
 
 
 def paired(

@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -259,7 +260,8 @@ def processes() -> Iterator[Ranks | Alone]:
         return
     from .training import process_group
 
-    with process_group() as ranks:
+    # They meet once, at the end, and may have taken up rows of different numbers.
+    with process_group(timedelta(days=7)) as ranks:
         yield ranks
 
 

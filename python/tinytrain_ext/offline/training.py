@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -111,8 +112,11 @@ class Ranks:
 
 
 @contextmanager
-def process_group() -> Iterator[Ranks]:
-    """Joins the processes that torchrun started, if it did: nccl on GPUs, gloo without."""
+def process_group(timeout: timedelta | None = None) -> Iterator[Ranks]:
+    """Joins the processes that torchrun started, if it did: nccl on GPUs, gloo without.
+
+    timeout: how long one waits for another, PyTorch's (10 or 30 minutes) by default.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -121,7 +125,8 @@ def process_group() -> Iterator[Ranks]:
     if size == 1:
         yield Ranks(device=device)
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=timeout)
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), device)
     finally:
