@@ -153,6 +153,7 @@ TABLE_4 = {
 }
 
 
+@pytest.mark.all_cases
 @pytest.mark.parametrize("name", TABLE_4)
 def test_various_episodes_have_the_sizes_of_table_4(data_dir: Path, name: str) -> None:
     """Of the real numbers of images and classes, within three standard errors of both samples.

@@ -25,7 +25,7 @@ void depthwise_pixel(const Depthwise<T>& d, int x) {
   }
 }
 
-int depthwise(const Depthwise<T>* rows, int count) {
+int depthwise(const Depthwise<T>* rows, [[maybe_unused]] int count) {
   const Depthwise<T>& d = *rows;
 #if !defined(TT_SCALAR)
   for (; count > 0; --count) {
