@@ -123,13 +123,16 @@ def test_a_method_has_one_name(text: str, name: str) -> None:
         ("lastlayer:learning_rate=inf", "learning_rate: expected a number above 0, got 'inf'"),
         ("lastlayer:iterations=-1", "iterations: expected a whole number from 0, got '-1'"),
         ("tinytrain:blocks=0", "blocks: expected a whole number from 1, got '0'"),
-        ("tinytrain:budget=sparseupdate,compute=0.1", "budget=sparseupdate leaves no compute"),
-        ("tinytrain:memory=9,budget=sparseupdate", "budget=sparseupdate leaves no memory"),
-        ("tinytrain:criterion=held_out,ratio=1", "criterion=held_out leaves no ratio"),
-        ("tinytrain:per=macs,criterion=held_out", "criterion=held_out leaves no per"),
+        (
+            "tinytrain:budget=sparseupdate,compute=0.1",
+            "compute: has no use beside budget=sparseupdate",
+        ),
+        ("tinytrain:memory=9,budget=sparseupdate", "memory: has no use beside budget=sparseupdate"),
+        ("tinytrain:criterion=held_out,ratio=1", "ratio: has no use beside criterion=held_out"),
+        ("tinytrain:per=macs,criterion=held_out", "per: has no use beside criterion=held_out"),
         (
             "lastlayer:optimizer=in_place_sgd,prototype_gradient=1",
-            "optimizer=in_place_sgd leaves no prototype_gradient",
+            "prototype_gradient: has no use beside optimizer=in_place_sgd",
         ),
     ],
 )

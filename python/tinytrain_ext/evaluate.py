@@ -220,7 +220,8 @@ class Method:
         for name, value, others in _EXCLUDED:
             for other in others:
                 if options.get(name) == value and other in options:
-                    raise ValueError(f"method {text!r}: {name}={_text(value)} leaves no {other}")
+                    beside = f"{name}={_text(value)}"
+                    raise ValueError(f"method {text!r}: {other}: has no use beside {beside}")
         entries = ",".join(f"{name}={_text(options[name])}" for name in sorted(options))
         return cls(f"{kind}:{entries}" if entries else kind, kind, options)
 
