@@ -75,6 +75,7 @@ def test_less_memory_takes_more_passes_to_the_same_gains():
         gain(network, images, labels, memory_bytes=needed - 1)
 
 
+@pytest.mark.all_cases
 def test_the_smallest_limit_is_that_of_the_engine_s_smallest_plan():
     network = random_network(ARCHITECTURES["mcunet"], np.random.default_rng(0))
     images = np.zeros((2, 128, 128, 3), np.uint8)
