@@ -126,18 +126,12 @@ def _parts(
     options: dict[str, Any],
 ) -> list[UpdatePolicy]:
     """All channels of `layers` (ascending), in parts whose gradients and sums fit; late first."""
-    from .session import plan
+    from .session import peak_bytes_within
 
     def needed(policy: UpdatePolicy, limit: int) -> int:
         """Bytes of arena and sums: of a plan within the limit, or of the smallest there is."""
         sums = _sum_bytes(costs, policy)
-        try:
-            room = max(1, limit - sums)
-            return plan(network, policy, memory_bytes=room, **options).peak_bytes + sums
-        except BudgetExceeded as error:
-            if error.needed_bytes is None:
-                raise
-            return error.needed_bytes + sums
+        return peak_bytes_within(max(1, limit - sums), network, policy, **options) + sums
 
     def fits(policy: UpdatePolicy) -> bool:
         return memory_bytes is None or needed(policy, memory_bytes) <= memory_bytes

@@ -224,8 +224,16 @@ def select(
     elif peak_bytes is not None:
         memory = peak_bytes
     else:
-        memory = _planned_peak(
-            profile.network, budget, optimizer, max_ways, threads, frozen_weights
+        from .session import peak_bytes_within  # here: it loads the engine
+
+        memory = partial(
+            peak_bytes_within,
+            budget.memory_bytes,
+            profile.network,
+            optimizer=optimizer,
+            max_ways=max_ways,
+            threads=threads,
+            frozen_weights=frozen_weights,
         )
 
     def policy_of(layers: dict[int, LayerUpdate]) -> UpdatePolicy:
@@ -392,36 +400,6 @@ def sparse_update(network: Network, biases: bool = False) -> UpdatePolicy:
     marks = [network.operations[index].block for index in network.convolutions]
     count = max(layer for layer, mark in enumerate(marks) if mark is not None) + 1
     return UpdatePolicy(layers, tuple(range(count - trained_biases, count)) if biases else ())
-
-
-def _planned_peak(
-    network: Network,
-    budget: Budget,
-    optimizer: str,
-    max_ways: int,
-    threads: int,
-    frozen_weights: str,
-) -> Callable[[UpdatePolicy], int]:
-    """Peak bytes of the engine's plan for a policy; of the smallest one, where none fits."""
-    from .session import plan
-
-    def peak_bytes(policy: UpdatePolicy) -> int:
-        try:
-            return plan(
-                network,
-                policy,
-                optimizer=optimizer,
-                max_ways=max_ways,
-                threads=threads,
-                memory_bytes=budget.memory_bytes,
-                frozen_weights=frozen_weights,
-            ).peak_bytes
-        except BudgetExceeded as error:
-            if error.needed_bytes is None:
-                raise
-            return error.needed_bytes
-
-    return peak_bytes
 
 
 def _exceeded(costs: list[tuple[int, float]], budget: Budget) -> BudgetExceeded:

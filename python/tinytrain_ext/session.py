@@ -15,11 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
+from .errors import BudgetExceeded
 from .images import Augmentation
 from .network import Network
 from .selection import UpdatePolicy
 
-__all__ = ["FROZEN_WEIGHTS", "OPTIMIZERS", "Plan", "PlanSlot", "Prefix", "Session", "plan"]
+__all__ = [
+    "FROZEN_WEIGHTS",
+    "OPTIMIZERS",
+    "Plan",
+    "PlanSlot",
+    "Prefix",
+    "Session",
+    "peak_bytes_within",
+    "plan",
+]
 
 OPTIMIZERS = ("adam", "sgd", "momentum", "in_place_sgd")
 FROZEN_WEIGHTS = ("float32", "int8")
@@ -212,6 +222,18 @@ def plan(
             )
         )
     )
+
+
+def peak_bytes_within(
+    memory_bytes: int, network: Network, policy: UpdatePolicy, **options: Any
+) -> int:
+    """Peak of the `plan` within memory_bytes; of the smallest one, where none fits."""
+    try:
+        return plan(network, policy, memory_bytes=memory_bytes, **options).peak_bytes
+    except BudgetExceeded as error:
+        if error.needed_bytes is None:
+            raise
+        return error.needed_bytes
 
 
 @dataclass(frozen=True, eq=False)
