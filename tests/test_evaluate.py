@@ -105,7 +105,10 @@ def test_a_method_has_one_name(text: str, name: str) -> None:
         ("everything", "'everything': expected one of none, lastlayer, .*layer"),
         ("", "expected one of none"),
         ("none:ratio=1", "expected no options as NAME=VALUE, got 'ratio=1'"),
-        ("tinytl:ratio=0.5", "expected learning_rate, iterations, biases as NAME=VALUE"),
+        (
+            "tinytl:ratio=0.5",
+            "expected learning_rate, iterations, biases, meta_trained as NAME=VALUE",
+        ),
         ("fulltrain:biases=1", "expected optimizer, .* got 'biases=1'"),
         ("tinytrain:ratio", "as NAME=VALUE, got 'ratio'"),
         ("tinytrain:ratio=1,ratio=1", "got 'ratio=1'"),

@@ -18,7 +18,7 @@ from tasks import tiny_network
 from tinytrain_ext.architectures import ARCHITECTURES, random_network
 from tinytrain_ext.cli import main
 from tinytrain_ext.cost import profile
-from tinytrain_ext.evaluate import Row, channels_of, digest_of, summary
+from tinytrain_ext.evaluate import Row, channels_of, summary
 from tinytrain_ext.figures import write_report
 
 pytestmark = pytest.mark.all_cases
@@ -370,7 +370,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for part, methods in (("a", ["none"]), ("b", ["lastlayer"])):
         (tmp_path / part).mkdir()
         rows = made_up_rows({"tiny": network}, ["omniglot"], methods, 2)
-        lines = [json.dumps({**row, "digest": digest_of(network)}) for row in rows]
+        lines = [json.dumps({**row, "digest": network.digest}) for row in rows]
         (tmp_path / part / "rows-0-of-1.jsonl").write_text("\n".join(lines) + "\n")
     folders = [str(tmp_path / part) for part in ("a", "b")]
     command = ["report", *folders, "--out", str(tmp_path / "out"), "--reference", "none"]

@@ -40,6 +40,7 @@ from tinytrain_ext.offline.recipes import (
     preset,
     preset_names,
 )
+from tinytrain_ext.offline.tinytl import TinyTL, load_modules
 from tinytrain_ext.offline.training import Epoch, Ranks, Run, learning_rate
 
 pytestmark = pytest.mark.all_cases
@@ -68,7 +69,14 @@ def metatrained_weights(run: Run, recipe: MetaRecipe = META) -> list[np.ndarray]
     return [*weights(model.backbone), model.logit_scale.detach().numpy()]
 
 
-TRAININGS = pytest.mark.parametrize("train", [pretrained_weights, metatrained_weights])
+def module_weights(run: Run, recipe: MetaRecipe = META) -> list[np.ndarray]:
+    model, _ = metatrain(TinyTL(tiny_network()), 10.0, IMAGES, LABELS, recipe, run)
+    return [tensor.numpy() for tensor in model.backbone.residuals.state_dict().values()]
+
+
+TRAININGS = pytest.mark.parametrize(
+    "train", [pretrained_weights, metatrained_weights, module_weights]
+)
 Train = Callable[..., list[np.ndarray]]
 
 
@@ -310,6 +318,18 @@ def test_any_number_of_processes_gives_the_same_losses(
     assert len(set(alone)) == META.epochs
 
 
+def test_modules_learn(tmp_path: Path) -> None:
+    losses = {}
+    for rate in (0.05, 1e-9):
+        recipe = dataclasses.replace(
+            META, epochs=6, learning_rate=rate, average_decay=0.0, rotated=0.0
+        )
+        run = Run(tmp_path / str(rate))
+        _, history = metatrain(TinyTL(tiny_network()), 10.0, IMAGES, LABELS, recipe, run)
+        losses[rate] = history[-1].loss  # of the same episodes
+    assert losses[0.05] < 0.8 * losses[1e-9]
+
+
 # Commands
 
 
@@ -373,6 +393,26 @@ def test_commands_end_to_end(
     assert all(30 < row["mean"] <= 100 for row in rows[:4])
 
 
+def test_modules_are_trained_beside_a_network(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = Network.load(folder / "tiny.safetensors")
+    command = ["meta-train", "--tinytl", "--network", str(folder / "tiny.safetensors"), "--json"]
+    command += [*data_arguments(folder), *EPISODES, "--epochs", "3", "--learning-rate", "0.05"]
+    assert cli([*command, *output_arguments(folder, "modules")]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {epoch["logit_scale"] for epoch in document["history"]} == {network.logit_scale}
+
+    modules = load_modules(folder / "modules.safetensors", network)
+    begun = TinyTL(network).state_dict()
+    after = TinyTL(network, modules=modules).state_dict()
+    for name, value in begun.items():
+        assert torch.equal(value, after[name]) == (not name.startswith("residuals.")), name
+    images = np.ascontiguousarray(IMAGES[:3, :16, :16])
+    difference = TinyTL(network, modules=modules).embed(images) - network.embed(images)
+    assert np.abs(difference).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -381,6 +421,8 @@ def test_commands_end_to_end(
         (["--batch-norm", "trained"], "expected --network to be the folder of a pre-training run"),
         (["--split", "missing.json"], "missing.json: No such file"),
         (["--validate-on", "."], "expected images in"),
+        (["--tinytl", "--size", "24"], "--size: with --tinytl expected the network's 16, got 24"),
+        (["--tinytl", "--batch-norm", "trained"], "expected --network to be the folder of a pre"),
     ],
 )
 def test_wrong_input_is_named(

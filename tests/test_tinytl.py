@@ -17,14 +17,14 @@ from small_networks import FAMILIES, with_random_biases
 from tasks import shapes_task, tiny_network
 from tinytrain_ext.adapt import adapt
 from tinytrain_ext.cost import profile
-from tinytrain_ext.datasets import open_image_set
+from tinytrain_ext.datasets import cached_images, open_image_set
 from tinytrain_ext.errors import NonFiniteError
-from tinytrain_ext.evaluate import Domain, Method, Rows, evaluate, read_rows
+from tinytrain_ext.evaluate import Domain, Method, Rows, evaluate, merged_rows, read_rows
 from tinytrain_ext.images import Augmentation
 from tinytrain_ext.network import Network
 from tinytrain_ext.offline import tinytl
-from tinytrain_ext.offline.tinytl import TinyTL, adapt_tinytl
-from tinytrain_ext.protonet import cosine_logits
+from tinytrain_ext.offline.tinytl import TinyTL, adapt_tinytl, load_modules
+from tinytrain_ext.protonet import compute_prototypes, cosine_logits
 from tinytrain_ext.selection import UpdatePolicy, last_layer
 from tinytrain_ext.session import Session
 from tinytrain_ext.views import Views
@@ -176,13 +176,17 @@ def test_what_it_cannot_train_is_named(
         adapt_tinytl(network, *task, iterations=9, learning_rate=1e30)
 
 
-def test_it_is_a_method_of_evaluate(network: Network, tmp_path: Path) -> None:
+@pytest.fixture
+def domain(tmp_path: Path) -> Domain:
     images, labels = shapes_task(ways=6, shots=12, size=36)
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         path = tmp_path / "data" / "shapes" / f"class{label}" / f"{index:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
-    domain = Domain(open_image_set(tmp_path / "data", "shapes"), largest_support=50)
+    return Domain(open_image_set(tmp_path / "data", "shapes"), largest_support=50)
+
+
+def test_it_is_a_method_of_evaluate(network: Network, domain: Domain, tmp_path: Path) -> None:
     methods = [Method.parse("none"), Method.parse("tinytl:biases=1,iterations=1")]
     threads = torch.get_num_threads()
     evaluate(
@@ -195,3 +199,77 @@ def test_it_is_a_method_of_evaluate(network: Network, tmp_path: Path) -> None:
     assert math.isfinite(ours["final_loss"])
     assert ours["planner_bytes"] is None  # the engine plans no modules
     assert (ours["layers"], ours["first_bias"], ours["selection_seconds"]) == ({}, 0, 0)
+
+
+def test_it_begins_with_meta_trained_modules(
+    network: Network, domain: Domain, tmp_path: Path
+) -> None:
+    def saved(name: str, seed: int) -> Path:
+        model = TinyTL(network, seed=seed)
+        with torch.no_grad():
+            for residual in model.residuals:
+                residual.pointwise_norm.weight.fill_(0.5)
+        model.save(tmp_path / name)
+        return tmp_path / name
+
+    def run(folder: str, *methods: str, files: dict[str, Path]) -> list[dict[str, Any]]:
+        return evaluate(
+            {"tiny": network},
+            [domain],
+            [Method.parse(method) for method in methods],
+            1,
+            Rows(tmp_path / folder),
+            modules=files,
+            cache=tmp_path,
+            views=2,
+        )
+
+    meta = "tinytl:iterations=0,meta_trained=1"
+    first, second = saved("first", 1), saved("second", 2)
+    plain, begun = run("rows", "tinytl:iterations=0", meta, files={"tiny": first})
+    assert "modules" not in plain
+    model = TinyTL(network, modules=load_modules(first, network))
+    images = cached_images(
+        domain.image_set.paths, network.resize, network.input_size, tmp_path, None
+    )
+    task = domain.task(0, images)
+    prototypes = compute_prototypes(model.embed(task.images), task.labels, begun["ways"])
+    logits = cosine_logits(model.embed(task.queries), prototypes, 1.0)
+    assert begun["accuracy"] == (logits.argmax(axis=1) == task.targets).mean()
+
+    assert run("rows", "tinytl:iterations=0", meta, files={"tiny": first}) == [plain, begun]
+    with pytest.raises(ValueError, match=r"rows of tinytl.* there are of other modules"):
+        run("rows", meta, files={"tiny": second})
+    (other,) = run("others", meta, files={"tiny": second})
+    assert other["modules"] != begun["modules"]
+    with pytest.raises(ValueError, match="network 'tiny' has other modules here"):
+        merged_rows([tmp_path / "rows", tmp_path / "others"])
+    with pytest.raises(ValueError, match="meta_trained: no modules of network 'tiny'"):
+        run("none", meta, files={})
+
+
+def test_files_of_other_modules_are_refused(network: Network, tmp_path: Path) -> None:
+    path = tmp_path / "modules.safetensors"
+    model = TinyTL(network)
+    model.save(path)
+    assert all(
+        np.array_equal(array, model.residuals.state_dict()[name].numpy())
+        for name, array in load_modules(path, network).items()
+    )
+    with pytest.raises(ValueError, match=r"modules\.safetensors: expected TinyTL's modules of a"):
+        load_modules(path, tiny_network(seed=1))
+    network.save(path)
+    with pytest.raises(ValueError, match=r"got metadata \{'tinytrain_ext\.network'"):
+        load_modules(path, network)
+    with torch.no_grad():
+        model.residuals[0].spatial.weight[0, 0, 0, 0] = math.nan
+    model.save(path)
+    with pytest.raises(ValueError, match=r"tensor '0\.spatial\.weight': expected finite numbers"):
+        load_modules(path, network)
+    del model.residuals[0]
+    model.save(path)
+    with pytest.raises(ValueError, match="missing tensor"):
+        load_modules(path, network)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="header: expected at most"):
+        load_modules(path, network)

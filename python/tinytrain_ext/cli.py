@@ -45,7 +45,6 @@ from .evaluate import (
     Domain,
     Method,
     Rows,
-    digest_of,
     evaluate,
     merged_rows,
     summary,
@@ -281,6 +280,11 @@ def run_evaluate(args: argparse.Namespace) -> Document | None:
         _need_matplotlib()
         args.report.mkdir(parents=True, exist_ok=True)
     networks = _named_networks(args.network)
+    if args.tinytl_modules and len(args.tinytl_modules) != len(networks):
+        raise InputError(
+            f"--tinytl-modules: expected {len(networks)} files, one of each --network, got "
+            f"{len(args.tinytl_modules)}"
+        )
     methods = [Method.parse(text) for text in args.methods]
     reference = Method.parse(args.reference or args.methods[-1])
     if reference not in methods:
@@ -304,6 +308,7 @@ def run_evaluate(args: argparse.Namespace) -> Document | None:
             views=args.views,
             shard=(ranks.rank, ranks.size),
             threads=args.threads,
+            modules=dict(zip(networks, args.tinytl_modules, strict=False)),
             cache=args.cache,
             progress=args.progress,
         )
@@ -331,7 +336,7 @@ def run_report(args: argparse.Namespace) -> Document:
     rows = merged_rows(args.rows)
     digests = {row["network"]: row["digest"] for row in rows}
     for name, network in networks.items():
-        if digests.get(name) != digest_of(network):
+        if digests.get(name) != network.digest:
             raise InputError(
                 f"--network: {name}: expected the weights of rows of that name; there are rows of "
                 f"{', '.join(digests)}"
@@ -854,6 +859,15 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "none, lastlayer, fulltrain, tinytl (needs PyTorch), sparseupdate (published for the "
         "paper's three networks), tinytrain, layer (default: all but tinytl and layer); "
         "docs/evaluation.md has the options",
+    )
+    parser.add_argument(
+        "--tinytl-modules",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="what `meta-train --tinytl` made of each --network, in their order, for "
+        "tinytl:meta_trained=1",
     )
     parser.add_argument(
         "--tasks", type=_whole(1), default=30, metavar="N", help="of each domain; default: 30"

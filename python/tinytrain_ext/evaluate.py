@@ -8,7 +8,6 @@ put together. What a task is depends on the seed, the domain and the task's numb
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from .datasets import ImageSet, cached_images
 from .episodes import MAX_SUPPORT, VariousEpisodes, mean_and_interval
 from .errors import BudgetExceeded, NonFiniteError
 from .fisher import fisher_pass
-from .network import Network
+from .network import Network, digest_of
 from .protonet import cosine_logits
 from .selection import (
     CRITERIA,
@@ -58,7 +57,6 @@ __all__ = [
     "Rows",
     "Task",
     "channels_of",
-    "digest_of",
     "evaluate",
     "merged_rows",
     "read_rows",
@@ -66,6 +64,7 @@ __all__ = [
 ]
 
 Row = dict[str, Any]
+Modules = Mapping[str, NDArray[np.float32]]  # TinyTL's, by the names of their parameters
 Progress = Callable[[str, int, int], None]
 
 METHODS = ("none", "lastlayer", "fulltrain", "tinytl", "sparseupdate", "tinytrain", "layer")
@@ -127,7 +126,12 @@ _OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
     "none": {},
     "lastlayer": {**_TRAINING, "biases": _flag},
     "fulltrain": _TRAINING,
-    "tinytl": {"learning_rate": _positive, "iterations": _whole(0), "biases": _flag},
+    "tinytl": {
+        "learning_rate": _positive,
+        "iterations": _whole(0),
+        "biases": _flag,
+        "meta_trained": _flag,
+    },
     "sparseupdate": {**_TRAINING, "biases": _flag},
     "tinytrain": {
         **_TRAINING,
@@ -185,7 +189,7 @@ class Method:
 
         All but "none" take learning_rate, optimizer, iterations and prototype_gradient (0 or 1);
         lastlayer, sparseupdate and tinytrain biases (0 or 1). tinytl takes learning_rate,
-        iterations and biases only.
+        iterations, biases and meta_trained (0 or 1: its modules as they were meta-trained) only.
         tinytrain takes what `select` takes: criterion, ratio, memory (bytes), compute (share),
         accounting; budget=sparseupdate, the memory and compute of that method's policy instead;
         and for ablations per (what the score divides by: "weights+macs", "weights", "macs" or
@@ -396,20 +400,22 @@ def merged_rows(folders: Iterable[Path]) -> list[Row]:
     """The rows of several folders, sorted, each once.
 
     Raises ValueError for a folder without rows, and where rows under one network's name are of
-    different weights.
+    different weights, or of different modules beside them.
     """
     found: dict[tuple[Any, ...], Row] = {}
-    digests: dict[str, str] = {}
+    digests: dict[tuple[str, str], str] = {}
     for folder in folders:
         rows = list(read_rows(folder))
         if not rows:
             raise ValueError(f"{folder}: expected rows-*.jsonl, as `tinytrain evaluate` writes")
         for row in rows:
-            if digests.setdefault(row["network"], row["digest"]) != row["digest"]:
-                raise ValueError(
-                    f"{folder}: network {row['network']!r} has other weights here than in rows "
-                    "read before"
-                )
+            for field, what in (("digest", "weights"), ("modules", "modules")):
+                key = row["network"], field
+                if field in row and digests.setdefault(key, row[field]) != row[field]:
+                    raise ValueError(
+                        f"{folder}: network {row['network']!r} has other {what} here than in rows "
+                        "read before"
+                    )
             found.setdefault(key_of(row), row)
     return sorted(found.values(), key=key_of)
 
@@ -429,6 +435,7 @@ def evaluate(
     views: int | None = None,
     shard: tuple[int, int] = (0, 1),
     threads: int = 1,
+    modules: Mapping[str, Path] | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
@@ -437,27 +444,35 @@ def evaluate(
     networks: {name: network}. Rows that `rows` has are not computed again; new ones are added to
     it. views: a fixed set of so many augmented views of each support image for every method,
     which lets frozen layers see each view once; None: fresh views in every iteration. shard:
-    (rank, size) of this process, which takes every size-th task; cache: folder of decoded images
+    (rank, size) of this process, which takes every size-th task; modules: {name: file that
+    `meta-train --tinytl` wrote} for "tinytl:meta_trained=1"; cache: folder of decoded images
     (`cached_images`); progress: called with (phase, done, total).
     Returns this process's rows, sorted; they do not depend on processes, nor (but for TinyTL's, by
     PyTorch) on threads, except for times.
 
     Raises ValueError for a method that a network cannot be trained by, and where `rows` holds
-    results of other weights under a network's name; BudgetExceeded naming the method whose budget
-    cannot be met, NonFiniteError the one that diverged; OSError and ImageError for images that
-    cannot be read.
+    results of other weights, or of other modules, under a network's name; BudgetExceeded naming
+    the method whose budget cannot be met, NonFiniteError the one that diverged; OSError and
+    ImageError for images that cannot be read.
     """
     for name, network in networks.items():
         for method in methods:
             _check_method(method, name, network, threads)
+    meta_trained = _meta_trained_modules(networks, methods, modules or {})
     report = progress or (lambda phase, done, total: None)
-    digests = {name: digest_of(network) for name, network in networks.items()}
+    digests = {name: network.digest for name, network in networks.items()}
+    beside = {name: digest_of(arrays.values()) for name, arrays in meta_trained.items()}
     done: dict[tuple[Any, ...], Row] = {}
     for row in rows.found:
         if row["network"] in digests and row["digest"] != digests[row["network"]]:
             raise ValueError(
                 f"network {row['network']!r}: the rows there are of other weights; "
                 "give the network's file another name, or the rows another folder"
+            )
+        if "modules" in row and row["modules"] != beside.get(row["network"], row["modules"]):
+            raise ValueError(
+                f"network {row['network']!r}: the rows of {row['method']} there are of other "
+                "modules; give the rows another folder"
             )
         done[key_of(row)] = row
     costs = {name: profile(network) for name, network in networks.items()}
@@ -492,8 +507,11 @@ def evaluate(
                             lambda done, total: report("decoding", done, total),
                         )
                         task = domain.task(number, images)
+                    begin = meta_trained[name] if method.options.get("meta_trained") else None
                     try:
-                        outcome = run_task(network, costs[name], method, task, views, threads)
+                        outcome = run_task(
+                            network, costs[name], method, task, views, threads, begin
+                        )
                     except BudgetExceeded as error:
                         raise BudgetExceeded(
                             f"network {name!r}, method {method.name!r}: {error}",
@@ -506,6 +524,8 @@ def evaluate(
                             "learning_rate"
                         ) from error
                     done[key] = {**place, "digest": digests[name], **outcome}
+                    if begin is not None:
+                        done[key]["modules"] = beside[name]
                     rows.add(done[key])
                 found[key] = done[key]
     report("tasks", len(units), len(units))
@@ -540,6 +560,26 @@ def _check_method(method: Method, name: str, network: Network, threads: int) -> 
         raise ValueError(f"method {method.name!r}: {error}") from error
 
 
+def _meta_trained_modules(
+    networks: Mapping[str, Network], methods: Sequence[Method], files: Mapping[str, Path]
+) -> dict[str, Modules]:
+    """The modules of every network, where a method is to begin with them."""
+    found: dict[str, Modules] = {}
+    for method in methods:
+        if not method.options.get("meta_trained"):
+            continue
+        from .offline.tinytl import load_modules
+
+        for name, network in networks.items():
+            if name not in files:
+                raise ValueError(
+                    f"method {method.name!r}: meta_trained: no modules of network {name!r}; "
+                    "`tinytrain meta-train --tinytl` makes them, --tinytl-modules takes them"
+                )
+            found[name] = load_modules(files[name], network)
+    return found
+
+
 def run_task(
     network: Network,
     costs: Profile,
@@ -547,9 +587,13 @@ def run_task(
     task: Task,
     views: int | None = None,
     threads: int = 1,
+    modules: Modules | None = None,
 ) -> Row:
-    """Adapts `network` to one task by `method`; accuracy, costs, policy and times as a row."""
-    train = _by_tinytl if method.kind == "tinytl" else _by_policy
+    """Adapts `network` to one task by `method`; accuracy, costs, policy and times as a row.
+
+    modules: of TinyTL, to begin with instead of random ones.
+    """
+    train = partial(_by_tinytl, modules=modules) if method.kind == "tinytl" else _by_policy
     start = time.perf_counter(), time.process_time()
     trained = train(
         network, costs, method, task, None if views is None else Views(views, CACHE_BYTES), threads
@@ -645,6 +689,7 @@ def _by_tinytl(
     task: Task,
     views: Views | None,
     threads: int,
+    modules: Modules | None,
 ) -> _Trained:
     """In PyTorch: the engine trains no modules beside a network's own layers, nor plans them."""
     from .offline.tinytl import adapt_tinytl
@@ -657,6 +702,7 @@ def _by_tinytl(
         iterations=method.options.get("iterations", ITERATIONS),
         learning_rate=method.learning_rate,
         biases=biases,
+        modules=modules,
         views=views,
         threads=threads,
         seed=task.seed,
@@ -759,14 +805,6 @@ def _limit(network: Network, costs: Profile, method: Method) -> int | None:
         return None
     budget = _budget(network, costs, method)
     return budget.memory_bytes if budget.accounting == "planner" else None
-
-
-def digest_of(network: Network) -> str:
-    """Stands for a network's weights in its rows."""
-    sums = hashlib.sha256()
-    for array in (*network.weights, *network.biases):
-        sums.update(np.ascontiguousarray(array).tobytes())
-    return sums.hexdigest()[:16]
 
 
 def summary(rows: Sequence[Row], reference: str) -> Row:

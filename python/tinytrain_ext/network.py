@@ -19,7 +19,7 @@ import logging
 import math
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -32,7 +32,15 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["Classifier", "Network", "Operation", "default_network", "write_atomically"]
+__all__ = [
+    "Classifier",
+    "Network",
+    "Operation",
+    "default_network",
+    "digest_of",
+    "read_tensors",
+    "write_atomically",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -287,6 +295,11 @@ class Network:
         """m, the length of the feature vector."""
         return self.tensor_shapes[-1][2]
 
+    @property
+    def digest(self) -> str:
+        """Stands for the weights and biases (`digest_of`)."""
+        return digest_of((*self.weights, *self.biases))
+
     def replace(self, **changes: Any) -> Self:
         """A new network with some fields changed, checked like any other."""
         return dataclasses.replace(self, **changes)
@@ -400,17 +413,13 @@ class Network:
 
     @classmethod
     def _load(cls, path: Path) -> Self:
-        from safetensors import SafetensorError, safe_open
+        fields: dict[str, Any] = {}
 
-        _check_sizes(path)
-        try:
-            with safe_open(path, framework="numpy") as file:
-                fields = _parse_description(file.metadata())
-                shapes = _expected_tensors(fields)
-                _check_tensors(file, shapes)
-                tensors = {name: file.get_tensor(name) for name in shapes}
-        except SafetensorError as error:
-            raise ValueError(f"not a sound safetensors file: {error}") from error
+        def expected(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+            fields.update(_parse_description(metadata))
+            return _expected_tensors(fields)
+
+        tensors = read_tensors(path, expected)
         head = fields.pop("classifier")
         if head is not None:
             fields["classifier"] = Classifier(
@@ -439,6 +448,36 @@ def default_network() -> Network:
                 "give a network file instead (`tinytrain import` makes one)"
             )
         return Network.load(path)
+
+
+def digest_of(arrays: Iterable[NDArray[Any]]) -> str:
+    """16 hexadecimal digits that stand for the arrays' values."""
+    import hashlib  # here: it loads OpenSSL, 3.5 MB that a device need not pay for
+
+    sums = hashlib.sha256()
+    for array in arrays:
+        sums.update(np.ascontiguousarray(array).tobytes())
+    return sums.hexdigest()[:16]
+
+
+def read_tensors(
+    path: Path, expected: Callable[[Mapping[str, str]], Mapping[str, tuple[int, ...]]]
+) -> dict[str, NDArray[np.float32]]:
+    """Reads a safetensors file, whose sizes are checked before any data.
+
+    expected: the file's metadata -> the shape of every tensor by name; all are float32.
+    Raises OSError when the file cannot be read, ValueError for anything that is not as expected.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    _check_sizes(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            shapes = expected(file.metadata() or {})
+            _check_tensors(file, shapes)
+            return {name: file.get_tensor(name) for name in shapes}
+    except SafetensorError as error:
+        raise ValueError(f"not a sound safetensors file: {error}") from error
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -509,11 +548,11 @@ def _check_sizes(path: Path) -> None:
             )
 
 
-def _parse_description(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+def _parse_description(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The keyword arguments of Network, without the tensors, from the file's metadata."""
-    if metadata is None or set(metadata) != {METADATA_KEY}:
+    if set(metadata) != {METADATA_KEY}:
         raise ValueError(
-            f"metadata: expected the one entry {METADATA_KEY!r}, got {sorted(metadata or ())}"
+            f"metadata: expected the one entry {METADATA_KEY!r}, got {sorted(metadata)}"
         )
     try:
         description = json.loads(metadata[METADATA_KEY])

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from .backbones import Backbone
-    from .training import Epoch, Ranks, Run
+    from .tinytl import TinyTL
+    from .training import Epoch, Exported, Ranks, Run
 
 __all__ = [
     "add_metatrain_arguments",
@@ -75,6 +76,12 @@ def add_metatrain_arguments(parser: argparse.ArgumentParser) -> None:
         default="frozen",
         help="frozen: folded into the convolutions, as on the device (default); trained: over the "
         "images of each episode, which needs a pre-training run to begin with",
+    )
+    parser.add_argument(
+        "--tinytl",
+        action="store_true",
+        help="train TinyTL's modules beside the network, which stays as it is; --out then is what "
+        "`evaluate --tinytl-modules` takes",
     )
     _add_common_arguments(parser, "meta-train", MetaRecipe)
 
@@ -216,11 +223,13 @@ def run_metatrain(args: argparse.Namespace) -> Document | None:
                 logit_scale=logit_scale,
             )
 
+        model = _beside(network, recipe, args, ranks) if args.tinytl else backbone
         images, labels = _training_images(args, ranks)
-        run = _run(args, ranks, network.resize, network.input_size, export)
+        exported = (lambda model, scale: model) if args.tinytl else export
+        run = _run(args, ranks, network.resize, network.input_size, exported)
         assert run.validate is not None  # narrows it for the type checker
         before = run.validate(network) if ranks.leads else {}
-        _, history = metatrain(backbone, network.logit_scale, images, labels, recipe, run)
+        _, history = metatrain(model, network.logit_scale, images, labels, recipe, run)
         document = _finished("meta-train", args, ranks, recipe, history)
         return None if document is None else {**document, "validation_before": before}
 
@@ -322,6 +331,21 @@ def _beginning(args: argparse.Namespace) -> tuple[Network, Backbone]:
     return network, Backbone.from_network(network)
 
 
+def _beside(network: Network, recipe: MetaRecipe, args: argparse.Namespace, ranks: Ranks) -> TinyTL:
+    """TinyTL's modules beside a network, to be meta-trained."""
+    from .tinytl import TinyTL
+
+    if args.batch_norm == "trained":
+        raise ValueError("--tinytl: the network stays as it is, expected --batch-norm frozen")
+    if recipe.size != network.input_size:
+        raise ValueError(
+            f"--size: with --tinytl expected the network's {network.input_size}, got {recipe.size}"
+        )
+    if ranks.device.type != "cpu":
+        raise ValueError("--tinytl: its frozen layers run on CPUs; hide GPUs from PyTorch")
+    return TinyTL(network, seed=recipe.seed)
+
+
 def _training_images(
     args: argparse.Namespace, ranks: Ranks
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -338,7 +362,7 @@ def _run(
     ranks: Ranks,
     resize: int,
     input_size: int,
-    export: Callable[[Backbone, float], Network],
+    export: Callable[[Any, float], Exported],
 ) -> Run:
     from ..datasets import cached_images, list_images, read_split
     from .backbones import embed
@@ -359,10 +383,13 @@ def _run(
             paths, labels = _some_images(directory)
             sets[directory.name] = (decoded(paths), labels)
 
-    def validate(network: Network) -> dict[str, float]:
+    def validate(model: Network | TinyTL) -> dict[str, float]:
         accuracies = {}
         for name, (images, labels) in sets.items():
-            features = embed(network, images)
+            if isinstance(model, Network):
+                features = embed(model, images)
+            else:
+                features = model.embed(images, args.threads)
             for shots in (5, 1):
                 accuracies[f"{name} {shots}-shot"] = episode_accuracy(
                     features,

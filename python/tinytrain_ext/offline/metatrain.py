@@ -21,6 +21,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,6 +36,9 @@ from .backbones import Backbone
 from .recipes import MetaRecipe
 from .training import Epoch, Learner, Run, Step, finite, learning_rate, prefetched, run_epochs
 
+if TYPE_CHECKING:
+    from .tinytl import TinyTL
+
 __all__ = ["EpisodeLoss", "metatrain"]
 
 CLASS_VECTOR_IMAGES = 20  # of each class, which the classifier's vectors begin as the mean of
@@ -48,7 +52,7 @@ class EpisodeLoss(nn.Module):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Backbone | TinyTL,
         logit_scale: float,
         label_smoothing: float = 0.0,
         supervised: float = 0.0,
@@ -56,7 +60,9 @@ class EpisodeLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
+        # Modules are used under the scale of the network that they stand beside.
+        trained = isinstance(backbone, Backbone)
+        self.logit_scale = nn.Parameter(torch.tensor(logit_scale), requires_grad=trained)
         self.label_smoothing, self.supervised = label_smoothing, supervised
         self.class_vectors = self.class_scale = None
         if class_vectors is not None:
@@ -89,7 +95,7 @@ class EpisodeLoss(nn.Module):
 
 
 def metatrain(
-    backbone: Backbone,
+    backbone: Backbone | TinyTL,
     logit_scale: float,
     images: NDArray[np.uint8],
     labels: NDArray[np.int64],
@@ -99,7 +105,8 @@ def metatrain(
     """Meta-trains a backbone, or continues from the run's checkpoint.
 
     A backbone with batch norm normalises over each episode's images; to freeze it, fold it first
-    (`Backbone.from_network(backbone.to_network(...))`). The backbone given stays as it is.
+    (`Backbone.from_network(backbone.to_network(...))`). Of TinyTL the modules alone are trained, on
+    images of the network's size, and not the logit scale. The backbone given stays as it is.
 
     images: (N, H, H, 3). labels: (N,). Returns the model (the averaged one, if the recipe has an
     average), in evaluation mode, and the history.
@@ -187,7 +194,7 @@ def metatrain(
 
 
 def _class_vectors(
-    backbone: Backbone,
+    backbone: Backbone | TinyTL,
     images: NDArray[np.uint8],
     classes: NDArray[np.int64],
     recipe: MetaRecipe,
@@ -207,7 +214,7 @@ def _class_vectors(
     return functional.normalize(torch.stack(vectors))
 
 
-def _digest(backbone: Backbone) -> str:
+def _digest(backbone: nn.Module) -> str:
     """Of the weights that the run begins with."""
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):

@@ -6,20 +6,22 @@ in PyTorch (the [torch] extra), on the views, for the iterations and with the lo
 A module halves its block's input, convolves at that resolution and adds to the block's output: what
 training saves is small, but gradients pass through the whole backbone. Norms are group norms, as
 on a device that trains on one image at a time. The last norm's gamma begins at zero, so that the
-untrained network is the backbone; there is no meta-training of the modules here.
+untrained network is the backbone. `meta-train --tinytl` trains the modules of a network in advance.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,15 +29,16 @@ from ..adapt import Iteration
 from ..cost import Profile, words_per_weight
 from ..errors import NonFiniteError
 from ..images import Augmentation, apply_augmentation, normalise
-from ..network import Network
+from ..network import Network, read_tensors, write_atomically
 from ..nn import TorchNetwork, convert
 from ..protonet import compute_prototypes, loss_and_gradient
 from ..selection import UpdatePolicy
 from ..session import Prefix
 from ..views import PseudoQueries, Views
 
-__all__ = ["Costs", "TinyTL", "TinyTLResult", "adapt_tinytl", "block_ends"]
+__all__ = ["Costs", "TinyTL", "TinyTLResult", "adapt_tinytl", "block_ends", "load_modules"]
 
+METADATA_KEY = "tinytrain_ext.tinytl"
 CHUNK = 32  # images of a pass; gradients add up to those of the whole support set
 GROUP_CHANNELS = 8
 CONV_GROUPS = 2
@@ -97,11 +100,19 @@ class LiteResidual(nn.Module):
 class TinyTL(nn.Module):
     """A network with a lite residual module beside every block; what trains requires a gradient.
 
-    biases: train the backbone's biases, too; seed: of the modules' first weights.
+    biases: train the backbone's biases, too; seed: of the modules' first weights; modules: instead
+    of these, meta-trained ones (`load_modules`).
     Raises ValueError for a network whose blocks are not marked.
     """
 
-    def __init__(self, network: Network, *, biases: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self,
+        network: Network,
+        *,
+        biases: bool = False,
+        seed: int = 0,
+        modules: Mapping[str, NDArray[np.float32]] | None = None,
+    ) -> None:
         super().__init__()
         self.network = network
         self.biases = biases
@@ -117,6 +128,9 @@ class TinyTL(nn.Module):
             LiteResidual(shapes[source], shapes[end + 1], generator)
             for end, source in self._ends.items()
         )
+        if modules is not None:
+            state = {name: torch.tensor(array) for name, array in modules.items()}
+            self.residuals.load_state_dict(state)
         backbone.beside = {
             end: (source, residual)
             for (end, source), residual in zip(self._ends.items(), self.residuals, strict=True)
@@ -133,6 +147,14 @@ class TinyTL(nn.Module):
         with torch.inference_mode(), _threads(threads):
             parts = [self(self.pixels(images[part])).numpy() for part in _parts(len(images))]
         return np.concatenate(parts)
+
+    def save(self, path: Path) -> None:
+        """Writes the modules, whole or not at all, with the digest of the network beside them.
+
+        Raises OSError naming `path`.
+        """
+        state = {name: tensor.contiguous() for name, tensor in self.residuals.state_dict().items()}
+        write_atomically(path, save(state, {METADATA_KEY: self.network.digest}))
 
     def pixels(self, images: NDArray[Any]) -> Tensor:
         """Images (N, H, W, 3) as `forward` takes them."""
@@ -183,21 +205,23 @@ def adapt_tinytl(
     iterations: int = 40,
     learning_rate: float,
     biases: bool = False,
+    modules: Mapping[str, NDArray[np.float32]] | None = None,
     views: Views | None = None,
     threads: int = 1,
     seed: int = 0,
 ) -> TinyTLResult:
     """Trains a network's lite residual modules on a support set, by Adam, as `adapt` trains layers.
 
-    images: (N, H, W, 3) uint8; labels: (N,) in 0..ways-1, every class at least once. The other
-    arguments are those of `adapt`; the views are the same as there for the same seed.
+    images: (N, H, W, 3) uint8; labels: (N,) in 0..ways-1, every class at least once; modules: what
+    they begin as, random without. The other arguments are those of `adapt`; the views are the same
+    as there for the same seed.
     Raises NonFiniteError when training diverges, ValueError for a network without marked blocks.
     """
     ways, scale = int(labels.max()) + 1, network.logit_scale
     rng = np.random.default_rng(seed)
     history = []
     with _threads(threads):
-        model = TinyTL(network, biases=biases, seed=seed)
+        model = TinyTL(network, biases=biases, seed=seed, modules=modules)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(trained, learning_rate)
         support = normalise(images, network.mean, network.std)
@@ -224,6 +248,32 @@ def adapt_tinytl(
             prototypes = compute_prototypes(model.embed(support, threads), labels, ways)
             history.append(Iteration(loss / len(images), correct / len(images)))
     return TinyTLResult(model, prototypes, tuple(history))
+
+
+def load_modules(path: Path, network: Network) -> dict[str, NDArray[np.float32]]:
+    """The meta-trained modules of a network, from a file that `TinyTL.save` wrote.
+
+    Raises OSError when the file cannot be read; ValueError, naming it, for modules of another
+    network and for anything that is not exactly as expected.
+    """
+
+    def expected(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+        if metadata != {METADATA_KEY: network.digest}:
+            raise ValueError(
+                f"expected TinyTL's modules of a network of digest {network.digest}, "
+                f"got metadata {metadata!r:.200}"
+            )
+        state = TinyTL(network).residuals.state_dict()
+        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    try:
+        arrays = read_tensors(path, expected)
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"tensor {name!r}: expected finite numbers, got NaN or infinity")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return arrays
 
 
 def block_ends(network: Network) -> dict[int, int]:

@@ -27,8 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ..errors import NonFiniteError
-from ..network import Network, write_atomically
-from .backbones import Backbone
+from ..network import write_atomically
 from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 
 __all__ = [
@@ -221,8 +220,15 @@ class Epoch:
 class Model(Protocol):
     """A backbone under a cosine: what both trainings train."""
 
-    backbone: Backbone
+    backbone: nn.Module
     logit_scale: nn.Parameter
+
+
+class Exported(Protocol):
+    """What a training is for: a network, or the modules beside one."""
+
+    def save(self, path: Path) -> None:
+        """Writes the file, whole or not at all."""
 
 
 class Learner:
@@ -301,8 +307,8 @@ class Run:
     """Where and how a training runs; nothing in it changes the weights but the number of ranks.
 
     directory: of checkpoints, networks and history; made if it is missing.
-    export: a backbone and its logit scale as a network; without it no network file is written.
-    validate: accuracies in per cent, by name, of an exported network; called by the leading rank
+    export: a backbone and its logit scale as what is saved; without it no file of them is written.
+    validate: accuracies in per cent, by name, of what was exported; called by the leading rank
     after every `validate_every`-th epoch and the last one.
     on_epoch: called by the leading rank after each epoch's checkpoint is written.
     ahead: batches that are prepared in advance by a thread of their own.
@@ -312,8 +318,8 @@ class Run:
 
     directory: Path
     ranks: Ranks = field(default_factory=Ranks)
-    export: Callable[[Backbone, float], Network] | None = None
-    validate: Callable[[Network], dict[str, float]] | None = None
+    export: Callable[[Any, float], Exported] | None = None
+    validate: Callable[[Any], dict[str, float]] | None = None
     validate_every: int = 1
     on_epoch: Callable[[Epoch], None] | None = None
     ahead: int = 0
@@ -334,7 +340,7 @@ def run_epochs(
     identity: what makes this run this run; a checkpoint of another is refused.
     steps: of an epoch. train: epoch (from 0) -> its steps.
 
-    Writes, after every epoch, `last.safetensors` (the exported network), `best.safetensors` when
+    Writes, after every epoch, `last.safetensors` (what is exported), `best.safetensors` when
     validation was better than ever, the checkpoint, and `history.jsonl`. Leaves the learner's
     result in evaluation mode. Raises ValueError for a checkpoint of another run, OSError when
     something cannot be written (nothing that was is lost).
@@ -379,13 +385,13 @@ def run_epochs(
                 continue
             if run.export is not None:
                 model = _model(learner.result)
-                network = run.export(model.backbone.eval(), model.logit_scale.item())
+                exported = run.export(model.backbone.eval(), model.logit_scale.item())
                 due = (epoch + 1) % run.validate_every == 0 or epoch + 1 == epochs
                 if run.validate is not None and due:
-                    record = replace(record, validation=run.validate(network))
-                network.save(run.directory / LAST)
+                    record = replace(record, validation=run.validate(exported))
+                exported.save(run.directory / LAST)
                 if record.score > max((earlier.score for earlier in history), default=-math.inf):
-                    network.save(run.directory / BEST)
+                    exported.save(run.directory / BEST)
             history.append(record)
             records = [asdict(record) for record in history]
             # After the networks: what is lost between the two happens again.
