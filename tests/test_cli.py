@@ -404,6 +404,8 @@ def test_divergence(capsys, network, support, out):
         ("--memory", "0"),
         ("--memory", "-1"),
         ("--memory", "lots"),
+        ("--memory", "8589934592GiB"),
+        ("--memory", "9" * 400),
         ("--memory", "0.1"),
         ("--compute", "0"),
         ("--compute", "nan"),

@@ -125,6 +125,7 @@ def test_a_method_has_one_name(text: str, name: str) -> None:
         ("tinytrain:compute=0", "compute: expected a number above 0, got '0'"),
         ("lastlayer:learning_rate=inf", "learning_rate: expected a number above 0, got 'inf'"),
         ("lastlayer:iterations=-1", "iterations: expected a whole number from 0, got '-1'"),
+        ("tinytrain:memory=9223372036854775808", "memory: expected at most 9223372036854775807"),
         ("tinytrain:blocks=0", "blocks: expected a whole number from 1, got '0'"),
         (
             "tinytrain:budget=sparseupdate,compute=0.1",
@@ -319,6 +320,7 @@ def test_what_are_no_rows_is_named(tmp_path: Path) -> None:
         ({"digest": None}, ".* got none of digest"),
         ({"accuracy": "high"}, "accuracy: expected float or int, got 'high'"),
         ({"accuracy": float("nan")}, "accuracy: expected float or int, got nan"),
+        ({"accuracy": 5}, "accuracy: expected 0 to 1, got 5"),
         ({"domain": ["a"]}, r"domain: expected str, got \['a'\]"),
         ({"views": "8"}, "views: expected int or NoneType, got '8'"),
         ({"layers": {"one": ["out", "1"]}}, r"layers: expected \{layer: .*got 'one'"),

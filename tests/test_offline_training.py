@@ -133,6 +133,21 @@ def test_a_damaged_generation_costs_an_epoch_at_most(
         metatrained_weights(Run(tmp_path))
 
 
+@TRAININGS
+def test_a_run_keeps_to_its_images_and_validation(train: Train, tmp_path: Path) -> None:
+    train(Run(tmp_path))
+    module = sys.modules[__name__]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "IMAGES", IMAGES[::-1])
+        with pytest.raises(ValueError, match="of another run: digest: expected"):
+            train(Run(tmp_path))
+        patch.setattr(module, "IMAGES", IMAGES[:, 1:, 1:])
+        with pytest.raises(ValueError, match=r"of another run: (digest|images): expected"):
+            train(Run(tmp_path))
+    with pytest.raises(ValueError, match=r"validated_on: expected \['val'\], got \[\]"):
+        train(Run(tmp_path, validated_on=("val",)))
+
+
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     def fill(epoch: Epoch) -> None:
         if epoch.epoch == 2:
@@ -378,6 +393,10 @@ def test_commands_end_to_end(
         trained = Network.load(folder / f"{name}.safetensors")
         assert trained.name == "mcunet"
         assert trained.logit_scale != 10.0
+    begin = ["--network", str(folder / "pre"), "--batch-norm", "trained", "--tinytl"]
+    assert cli([*second, *begin, *output_arguments(folder, "beside")]) == 2
+    assert "--tinytl: the network stays as it is" in capsys.readouterr().err
+
     validation = history_of(folder / "meta")[0]["validation"]
     assert validation.keys() == {
         f"{name} {shots}-shot" for name in ("val", "data") for shots in (1, 5)
@@ -422,7 +441,14 @@ def test_modules_are_trained_beside_a_network(
         (["--split", "missing.json"], "missing.json: No such file"),
         (["--validate-on", "."], "expected images in"),
         (["--tinytl", "--size", "24"], "--size: with --tinytl expected the network's 16, got 24"),
-        (["--tinytl", "--batch-norm", "trained"], "expected --network to be the folder of a pre"),
+        (["--tinytl", "--name", "mine"], "--name: with --tinytl there is no network to name"),
+        (["--threads", "0"], "--threads: expected a whole number from 1, got 0"),
+        (["--validate-every", "0"], "--validate-every: expected a whole number from 1, got 0"),
+        (["--out", "empty"], "empty: is a folder; give the name of a file"),
+        (
+            ["--validate-on", "a/val"],
+            "--validate-on: expected folders of other names, got val, val",
+        ),
     ],
 )
 def test_wrong_input_is_named(
@@ -438,7 +464,7 @@ def test_wrong_input_is_named(
     command += ["--network", str(folder / "tiny.safetensors")]
     assert cli([*command, *arguments]) == 2
     error = capsys.readouterr().err
-    assert re.search(message, error), error
+    assert re.match(f"tinytrain meta-train: .*{message}", error), error
     assert not (folder / "out.safetensors").exists()
 
 

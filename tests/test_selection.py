@@ -203,6 +203,8 @@ def test_unsound_arguments_are_refused():
         select(fisher, costs, Budget(accounting="paper"), optimizer="lion")
     with pytest.raises(ValueError, match="memory_bytes: expected a positive number, got 0"):
         Budget(memory_bytes=0)
+    with pytest.raises(ValueError, match="memory_bytes: expected at most 9223372036854775807, got"):
+        Budget(memory_bytes=1 << 63)
     with pytest.raises(TypeError, match="memory_bytes: expected an integer, got float"):
         Budget(memory_bytes=1e6)
     for compute in (0.0, -1.0, float("nan"), float("inf")):

@@ -246,6 +246,8 @@ def test_it_begins_with_meta_trained_modules(
         merged_rows([tmp_path / "rows", tmp_path / "others"])
     with pytest.raises(ValueError, match="meta_trained: no modules of network 'tiny'"):
         run("none", meta, files={})
+    with pytest.raises(ValueError, match="modules: have no use but for a method with meta_trained"):
+        run("none", "tinytl", files={"tiny": first})
 
 
 def test_files_of_other_modules_are_refused(network: Network, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ import os
 import re
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,7 +51,7 @@ from .evaluate import (
 from .exporters import check_onnx, to_onnx
 from .images import LabelledImages, load_folder, load_images
 from .importers import import_int8
-from .network import Network, default_network, write_atomically
+from .network import Network, check_writable, default_network, write_atomically
 from .offline.commands import (
     add_metatrain_arguments,
     add_pretrain_arguments,
@@ -61,7 +60,16 @@ from .offline.commands import (
     run_pretrain,
 )
 from .offline.commands import render as report_training
-from .selection import CRITERIA, Budget, UpdatePolicy, full_train, last_layer, select, sparse_update
+from .selection import (
+    CRITERIA,
+    MAX_BYTES,
+    Budget,
+    UpdatePolicy,
+    full_train,
+    last_layer,
+    select,
+    sparse_update,
+)
 from .session import FROZEN_WEIGHTS, OPTIMIZERS, plan
 from .views import Views
 
@@ -135,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_adapt(args: argparse.Namespace) -> Document:
     """`tinytrain adapt`: adapts a network to a folder of labelled photos."""
-    _check_writable(args.out)
+    check_writable(args.out)
     start = time.perf_counter()
     network = _network(args.network)
     support = _photos(args.support, network, args, "support")
@@ -151,7 +159,7 @@ def run_adapt(args: argparse.Namespace) -> Document:
 def run_demo(args: argparse.Namespace) -> Document:
     """`tinytrain demo`: adapts a network to a task that the program draws itself."""
     if args.out is not None:
-        _check_writable(args.out)
+        check_writable(args.out)
     if args.save_images is not None:
         args.save_images.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -236,7 +244,7 @@ def run_profile(args: argparse.Namespace) -> Document:
 
 def run_import(args: argparse.Namespace) -> Document:
     """`tinytrain import`: turns an int8 release file into a network file."""
-    _check_writable(args.out)
+    check_writable(args.out)
     network = import_int8(args.file)
     network.save(args.out)
     costs = profile(network)
@@ -254,7 +262,7 @@ def run_import(args: argparse.Namespace) -> Document:
 
 def run_export(args: argparse.Namespace) -> Document:
     """`tinytrain export`: writes a network for other runtimes, compared with one of them."""
-    _check_writable(args.onnx)
+    check_writable(args.onnx)
     network = _network(args.network)
     try:
         model = to_onnx(network)
@@ -570,16 +578,6 @@ def _photo_hints() -> Iterator[None]:
         raise InputError(f"{error}; replace or remove this file") from error
 
 
-def _check_writable(path: Path) -> None:
-    """Raises OSError or InputError, before any work, when a file could not be written there."""
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; give the name of a file")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {path.parent}: {error.strerror}") from error
-
-
 def _budget(args: argparse.Namespace) -> Budget:
     return Budget(args.memory, args.compute, args.accounting)
 
@@ -686,7 +684,7 @@ def _print(text: str) -> None:
 
 def _fail(args: argparse.Namespace, code: int, message: str) -> int:
     args.progress.close()
-    sys.stderr.write(f"tinytrain {args.name}: {message}\n")
+    sys.stderr.write(f"tinytrain {args.command_name}: {message}\n")
     return code
 
 
@@ -714,7 +712,7 @@ def _parser() -> argparse.ArgumentParser:
         "met, 130 interrupted",
     )
     parser.add_argument("--version", action=_Version)
-    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command_name", required=True, metavar="COMMAND")
 
     def add(name: str, summary: str, command: Command) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=summary, description=summary)
@@ -951,7 +949,7 @@ def _add_bench(commands: Any) -> None:
     ):
         added = kinds.add_parser(what, help=text, description=text)
         added.set_defaults(
-            command=Command(run_bench, _bench_table, _bench_lines), threads=1, name="bench"
+            command=Command(run_bench, _bench_table, _bench_lines), threads=1, command_name="bench"
         )
         added.add_argument("--json", action="store_true", help="print one JSON line a row")
         added.add_argument("--quiet", action="store_true", help="no progress bar, no warnings")
@@ -1092,10 +1090,10 @@ for _power, _prefix in enumerate(("K", "M", "G"), start=1):
 def _parse_size(text: str) -> int:
     """ "1MiB", "1m" and "1048576" are the same number of bytes; "1MB" is a million."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
-    size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
-    if size < 1:
+    size = float(match[1]) * _UNITS.get(match[2].upper(), 0) if match else 0.0
+    if not 1 <= size <= MAX_BYTES:
         raise argparse.ArgumentTypeError(f"expected a size such as 1MiB or 512k, got {text!r}")
-    return size
+    return int(size)
 
 
 def _whole(least: int) -> Callable[[str], int]:

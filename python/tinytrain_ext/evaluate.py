@@ -34,6 +34,7 @@ from .network import Network, digest_of
 from .protonet import cosine_logits
 from .selection import (
     CRITERIA,
+    MAX_BYTES,
     Budget,
     UpdatePolicy,
     full_train,
@@ -110,6 +111,8 @@ def _whole(least: int) -> Callable[[str], int]:
         value = int(text)
         if value < least:
             raise ValueError(f"expected a whole number from {least}, got {text!r}")
+        if value > MAX_BYTES:
+            raise ValueError(f"expected at most {MAX_BYTES}, got {text!r}")
         return value
 
     return read
@@ -386,6 +389,8 @@ def _checked_row(line: bytes) -> Row:
     for name in ("ways", "support", "query"):
         if row[name] < 1:
             raise ValueError(f"{name}: expected at least 1, got {row[name]}")
+    if not 0 <= row["accuracy"] <= 1:
+        raise ValueError(f"accuracy: expected 0 to 1, got {row['accuracy']}")
     if kind in ("tinytrain", "layer") and not row["layers"]:
         raise ValueError(f"layers: expected at least one of {row['method']}, got none")
     for layer, update in row["layers"].items():
@@ -459,6 +464,8 @@ def evaluate(
         for method in methods:
             _check_method(method, name, network, threads)
     meta_trained = _meta_trained_modules(networks, methods, modules or {})
+    if modules and not meta_trained:
+        raise ValueError("modules: have no use but for a method with meta_trained=1")
     report = progress or (lambda phase, done, total: None)
     digests = {name: network.digest for name, network in networks.items()}
     beside = {name: digest_of(arrays.values()) for name, arrays in meta_trained.items()}

@@ -36,6 +36,7 @@ __all__ = [
     "Classifier",
     "Network",
     "Operation",
+    "check_writable",
     "default_network",
     "digest_of",
     "read_tensors",
@@ -478,6 +479,18 @@ def read_tensors(
             return {name: file.get_tensor(name) for name in shapes}
     except SafetensorError as error:
         raise ValueError(f"not a sound safetensors file: {error}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError, before any work, when a file could not be written there."""
+    import tempfile  # here: only commands need it, and it loads much
+
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; give the name of a file")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {path.parent}: {error.strerror}") from error
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:

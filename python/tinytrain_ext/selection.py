@@ -23,6 +23,7 @@ from .network import Network
 
 __all__ = [
     "CRITERIA",
+    "MAX_BYTES",
     "Budget",
     "LayerUpdate",
     "UpdatePolicy",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 CRITERIA = ("tinytrain", "held_out")
+MAX_BYTES = (1 << 63) - 1  # the core counts in 64 bits
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ class Budget:
             raise TypeError(f"memory_bytes: expected an integer, got {got}")
         if self.memory_bytes <= 0:
             raise ValueError(f"memory_bytes: expected a positive number, got {self.memory_bytes}")
+        if self.memory_bytes > MAX_BYTES:
+            raise ValueError(f"memory_bytes: expected at most {MAX_BYTES}, got {self.memory_bytes}")
         if not (math.isfinite(self.compute) and self.compute > 0):
             raise ValueError(f"compute: expected a positive share, got {self.compute}")
         if self.accounting not in ("planner", "paper"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -120,6 +119,8 @@ class PseudoQueries:
 def _room(shape: tuple[int, ...], dtype: np.dtype[Any], folder: Path | None) -> NDArray[Any]:
     if folder is None:
         return np.empty(shape, dtype)
+    import tempfile  # here: it loads much, and few ask for a file
+
     with tempfile.TemporaryFile(dir=folder) as file:
         # Blocks are taken now: a full disk is an error here, not a bus error at some later write.
         os.posix_fallocate(file.fileno(), 0, math.prod(shape) * dtype.itemsize)

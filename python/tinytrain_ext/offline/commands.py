@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..architectures import ARCHITECTURES
-from ..network import Network, default_network, write_atomically
+from ..network import Network, check_writable, default_network, write_atomically
 from .recipes import MetaRecipe, PretrainRecipe, Stage, make, preset, preset_names, read_toml
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _add_common_arguments(
         help="for checkpoints and history; the same command goes on from what is there",
     )
     run.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="the network file to write"
+        "--out", type=Path, required=True, metavar="FILE", help="what is trained, to write"
     )
     run.add_argument("--validate-every", type=int, default=1, metavar="EPOCHS", help="default: 1")
     run.add_argument("--threads", type=int, default=1, metavar="N", help="of PyTorch (default: 1)")
@@ -187,6 +187,7 @@ def _stage(text: str) -> Stage:
 
 def run_pretrain(args: argparse.Namespace) -> Document | None:
     """`tinytrain pre-train`: a backbone from random weights; None on ranks that do not lead."""
+    _check(args)
     recipe = _recipe(PretrainRecipe, "pre-train", args)
     with _ranks(args) as ranks:
         from .pretrain import pretrain
@@ -204,6 +205,7 @@ def run_pretrain(args: argparse.Namespace) -> Document | None:
 
 def run_metatrain(args: argparse.Namespace) -> Document | None:
     """`tinytrain meta-train`: episodes from a network on; None on ranks that do not lead."""
+    _check(args)
     recipe = _recipe(MetaRecipe, "meta-train", args)
     with _ranks(args) as ranks:
         from .metatrain import metatrain
@@ -234,6 +236,18 @@ def run_metatrain(args: argparse.Namespace) -> Document | None:
         return None if document is None else {**document, "validation_before": before}
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Finds before any work what would fail after it."""
+    for name, least in (("threads", 1), ("validate_every", 1), ("ahead", 0), ("stored_size", 1)):
+        value = getattr(args, name)
+        if value < least:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag}: expected a whole number from {least}, got {value}")
+    for path in (args.work, args.out.parent):
+        path.mkdir(parents=True, exist_ok=True)
+    check_writable(args.out)
+
+
 def render(document: Document) -> str:
     """A finished training, for people."""
     best = document["history"][document["best_epoch"] - 1]["validation"]
@@ -245,7 +259,7 @@ def render(document: Document) -> str:
             f"  {name}: {value:.1f} %" + (f", before {before[name]:.1f} %" if before else "")
             for name, value in best.items()
         ),
-        f"network: {document['out']}",
+        f"written: {document['out']}",
     ]
     return "\n".join(lines)
 
@@ -335,6 +349,8 @@ def _beside(network: Network, recipe: MetaRecipe, args: argparse.Namespace, rank
     """TinyTL's modules beside a network, to be meta-trained."""
     from .tinytl import TinyTL
 
+    if args.name is not None:
+        raise ValueError(f"--name: with --tinytl there is no network to name, got {args.name!r}")
     if args.batch_norm == "trained":
         raise ValueError("--tinytl: the network stays as it is, expected --batch-norm frozen")
     if recipe.size != network.input_size:
@@ -369,8 +385,9 @@ def _run(
     from .evaluate_backbone import episode_accuracy
     from .training import Run
 
-    for path in (args.work, args.out.parent):
-        path.mkdir(parents=True, exist_ok=True)
+    names = ("val", *(directory.name for directory in args.validate_on))
+    if len(set(names)) < len(names):
+        raise ValueError(f"--validate-on: expected folders of other names, got {', '.join(names)}")
 
     def decoded(paths: list[Path]) -> NDArray[np.uint8]:
         return cached_images(paths, resize, input_size, args.cache, args.progress.phase("decoding"))
@@ -411,6 +428,7 @@ def _run(
         export=export,
         validate=validate,
         validate_every=args.validate_every,
+        validated_on=names,
         on_epoch=log,
         ahead=args.ahead,
         tensorboard=args.tensorboard,

@@ -34,7 +34,17 @@ from ..episodes import Episode, FixedEpisodes
 from .augment import TURNS, Augmentation, turn
 from .backbones import Backbone
 from .recipes import MetaRecipe
-from .training import Epoch, Learner, Run, Step, finite, learning_rate, prefetched, run_epochs
+from .training import (
+    Epoch,
+    Learner,
+    Run,
+    Step,
+    finite,
+    identity_of,
+    learning_rate,
+    prefetched,
+    run_epochs,
+)
 
 if TYPE_CHECKING:
     from .tinytl import TinyTL
@@ -118,7 +128,7 @@ def metatrain(
     mine = run.ranks.shard("batch_episodes", recipe.batch_episodes)
     steps = recipe.episodes // recipe.batch_episodes
     dtype = next(backbone.parameters()).dtype
-    names, classes = np.unique(labels, return_inverse=True)
+    _, classes = np.unique(labels, return_inverse=True)
     model = EpisodeLoss(
         copy.deepcopy(backbone),
         logit_scale,
@@ -183,8 +193,7 @@ def metatrain(
     identity = {
         "training": "meta-train",
         "weights": _digest(backbone),
-        "images": len(images),
-        "classes": len(names),
+        **identity_of(images, labels),
         "recipe": asdict(recipe),
     }
     history = run_epochs(run, learner, identity, recipe.epochs, steps, train)

@@ -15,7 +15,6 @@ weights as one that was never interrupted.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +30,17 @@ from .augment import TURNS, Augmentation, turn
 from .backbones import Backbone
 from .checkpoints import load_checkpoint
 from .recipes import PretrainRecipe
-from .training import Epoch, Learner, Run, Step, finite, learning_rate, prefetched, run_epochs
+from .training import (
+    Epoch,
+    Learner,
+    Run,
+    Step,
+    finite,
+    identity_of,
+    learning_rate,
+    prefetched,
+    run_epochs,
+)
 
 __all__ = ["Classifier", "pretrain", "pretrained"]
 
@@ -124,11 +133,10 @@ def pretrain(
             correct = (logits.argmax(1) == target).double().mean().item()
             yield Step(rate, stage.size, value, correct)
 
-    digest = hashlib.sha256(np.ascontiguousarray(labels).tobytes()).hexdigest()
     identity = {
         "training": "pre-train",
         "architecture": asdict(architecture),
-        "labels": digest,
+        **identity_of(images, labels),
         "recipe": asdict(recipe),
     }
     history = run_epochs(run, learner, identity, recipe.epochs, steps, train)

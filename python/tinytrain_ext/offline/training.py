@@ -20,14 +20,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from ..errors import NonFiniteError
-from ..network import write_atomically
+from ..network import digest_of, write_atomically
 from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Run",
     "Step",
     "finite",
+    "identity_of",
     "learning_rate",
     "prefetched",
     "process_group",
@@ -137,7 +139,7 @@ def learning_rate(
 ) -> float:
     """At a position in epochs: linear from `initial` to `peak`, then a half cosine to `final`.
 
-    warmup, total: in epochs; a warm-up that would not end before the run is cut to end with it.
+    warmup, total: in epochs; a warm-up is at most an epoch shorter than the run.
     """
     warmup = min(warmup, total - 1)
     if position < warmup:
@@ -151,6 +153,12 @@ def finite(loss: float) -> float:
     if not math.isfinite(loss):
         raise NonFiniteError(f"loss: expected a finite number, got {loss}")
     return loss
+
+
+def identity_of(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> dict[str, Any]:
+    """What tells one run's images from another's: their shape, all labels, some hundred images."""
+    some = images[:: max(1, len(images) // 256)]
+    return {"images": list(images.shape), "digest": digest_of([labels, some])}
 
 
 def prefetched(
@@ -309,7 +317,8 @@ class Run:
     directory: of checkpoints, networks and history; made if it is missing.
     export: a backbone and its logit scale as what is saved; without it no file of them is written.
     validate: accuracies in per cent, by name, of what was exported; called by the leading rank
-    after every `validate_every`-th epoch and the last one.
+    after every `validate_every`-th epoch and the last one. validated_on: names of what it measures
+    on, which a run keeps, as its best epoch is by their mean.
     on_epoch: called by the leading rank after each epoch's checkpoint is written.
     ahead: batches that are prepared in advance by a thread of their own.
     tensorboard: whether to log to `directory`/tensorboard, too.
@@ -321,6 +330,7 @@ class Run:
     export: Callable[[Any, float], Exported] | None = None
     validate: Callable[[Any], dict[str, float]] | None = None
     validate_every: int = 1
+    validated_on: tuple[str, ...] = ()
     on_epoch: Callable[[Epoch], None] | None = None
     ahead: int = 0
     tensorboard: bool = False
@@ -345,8 +355,14 @@ def run_epochs(
     result in evaluation mode. Raises ValueError for a checkpoint of another run, OSError when
     something cannot be written (nothing that was is lost).
     """
+    from tqdm import tqdm  # here: of the [train] extra; sharing out an evaluation needs none
+
     run.directory.mkdir(parents=True, exist_ok=True)
-    identity = {**identity, "processes": run.ranks.size}
+    identity = {
+        **identity,
+        "processes": run.ranks.size,
+        "validated_on": run.validated_on,
+    }
     history: list[Epoch] = []
     checkpoint = load_checkpoint(run.directory, identity)
     if checkpoint is not None:
