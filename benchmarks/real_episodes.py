@@ -200,6 +200,9 @@ def main() -> int:
         if arguments.out.exists()
         else []
     )
+    # Rows of another budget, or of before it was written down, are left alone.
+    limits = {"memory_bytes": arguments.memory, "compute": arguments.compute}
+    rows = [row for row in rows if limits.items() <= row.items()]
     done = {(row["network"], row["variant"], row["domain"], row["episode"]) for row in rows}
     budget = tt.Budget(memory_bytes=arguments.memory, compute=arguments.compute)
     with arguments.out.open("a") as out:
@@ -211,7 +214,7 @@ def main() -> int:
                         continue
                     options = {"threads": arguments.threads, **options_of(variant)}
                     row = run_episode(network, domain, data, episode, budget, **options)
-                    rows.append({"network": name, "variant": variant, **row})
+                    rows.append({"network": name, "variant": variant, **limits, **row})
                     out.write(json.dumps(rows[-1]) + "\n")
                     out.flush()
     head = f"{'network':<14}{'domain':<14}{'variant':<26}{'n':>4}"

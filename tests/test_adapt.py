@@ -104,6 +104,18 @@ def test_kept_prefix_changes_nothing(result):
     assert len(peaks) > 1
 
 
+def test_a_given_policy_is_held_to_the_budget_by_its_optimizer():
+    costs = profile(NETWORK)
+    policy = UpdatePolicy({22: range(8)})
+    limit = Budget(costs.memory_bytes(policy, "sgd"), 1.0, "paper")
+    options = {"policy": policy, "budget": limit, "iterations": 1}
+    adapted(**options, optimizer="sgd")
+    with pytest.raises(BudgetExceeded, match=r"\(paper accounting\), got"):
+        adapted(**options, optimizer="adam")
+    with pytest.raises(ValueError, match="layer 99"):
+        adapted(policy=UpdatePolicy({99: (0,)}), budget=limit)
+
+
 @pytest.mark.parametrize("ratio", [1 / 8, 1 / 2, 1])
 def test_the_budget_holds_down_to_the_smallest(ratio):
     with pytest.raises(BudgetExceeded) as error:

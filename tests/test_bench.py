@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,8 @@ def test_energy_is_the_integral_of_power(tmp_path):
     for start, seconds in ((-1, 5), (25, 6)):
         with pytest.raises(ValueError, match=r"covers 0\.0 to 30\.0 s"):
             log.joules(start, seconds)
+    with file.open("a") as growing:
+        growing.write("31,")  # a meter is writing it
     (joules,) = suite.Energy(power_csv=file).of([AdaptTimes(2.0, 8.0, 10.0, 5.0)])
     assert joules == pytest.approx({"load": 8.0, "fisher": 20.0, "run": 15.0, "total": 43.0})
 
@@ -122,6 +125,21 @@ def test_a_power_record_that_is_none(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         suite.PowerLog.read(file)
+
+
+def test_the_meter_s_next_line_is_waited_for(tmp_path):
+    file = tmp_path / "power.csv"
+    file.write_text("seconds,watts\n0,2\n4,2\n")
+
+    def write():
+        with file.open("a") as growing:
+            growing.write("6,2\n")
+
+    timer = threading.Timer(0.3, write)
+    timer.start()
+    (joules,) = suite.Energy(power_csv=file).of([AdaptTimes(0.0, 1.0, 2.0, 2.0)])
+    timer.join()
+    assert joules["total"] == pytest.approx(10)
 
 
 def test_without_a_source_there_is_no_energy():

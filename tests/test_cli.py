@@ -145,7 +145,9 @@ def test_adapt_with_cached_views_and_frozen_bytes(capsys, network, support, out,
     assert code == 0
     assert "views behind the frozen layers" in text
     code, _, errors = run(capsys, *common, "--views", 2, "--cache-dir", tmp_path / "nowhere")
-    assert (code, "nowhere" in errors) == (2, True)
+    assert (code, "--cache-dir: expected a folder, got" in errors) == (2, True)
+    code, _, errors = run(capsys, *common, "--cache-dir", tmp_path)
+    assert (code, "--cache-dir: has no use without --views" in errors) == (2, True)
 
 
 def test_what_people_see(capsys, network, support, query, out):
@@ -214,6 +216,28 @@ def test_import(capsys, release_files, out):
     assert Network.load(out).name == found["network"]
 
 
+def test_what_is_read_is_not_overwritten(capsys, network, tmp_path):
+    before = network.read_bytes()
+    for command, option in (("import", "--out"), ("export", "--onnx")):
+        code, _, errors = run(capsys, command, network, option, network)
+        assert code == 2
+        assert "is the file that is read; give another name" in errors
+    assert network.read_bytes() == before
+    code, _, errors = run(capsys, "demo", "--save-images", tmp_path / "a", "--out", tmp_path / "a")
+    assert (code, "is a folder; give the name of a file" in errors) == (2, True)
+
+
+def test_an_interruption_while_loading_is_no_traceback():
+    script = (
+        "import sys, builtins, tinytrain_ext.__main__ as entry\n"
+        "def interrupted(*_, **__): raise KeyboardInterrupt\n"
+        "builtins.__import__ = interrupted\n"
+        "code = entry.main(); sys.stderr.flush(); import_ = None; raise SystemExit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "tinytrain: interrupted\n")
+
+
 # Wrong input: one line on stderr that names the thing and says what to do; nothing written.
 
 
@@ -264,6 +288,10 @@ def no_photo(support):
     (support / "lines" / "notes.txt").write_text("not a photo")
 
 
+def pipe(support):
+    os.mkfifo(support / "lines" / "pipe.png")
+
+
 def nested(support):
     (support / "lines" / "more").mkdir()
 
@@ -279,14 +307,23 @@ def nested(support):
         (oversized, "03.png: "),
         (no_photo, "notes.txt: not a JPEG or PNG image; replace or remove this file"),
         (nested, "more: a folder inside a class folder; the layout is"),
+        (pipe, "pipe.png: empty, or not a regular file; replace or remove this file"),
     ],
 )
 @pytest.mark.parametrize("part", ["--support", "--query"])
 def test_unsound_photo_folders(capsys, network, support, query, out, spoil, message, part):
+    if (spoil, part) == (one_class, "--query"):
+        return  # sound, see below
     spoil(support)
     folders = [support, query] if part == "--support" else [query, support]
     arguments = [*adapt_arguments(network, folders[0], out), "--query", folders[1]]
     assert_refused(capsys, 2, message, arguments, out)
+
+
+def test_a_query_of_one_class_is_enough(capsys, network, support, query, out):
+    one_class(query)
+    found = document_of(capsys, *adapt_arguments(network, support, out), "--query", query)
+    assert found["query_images"] == len(list((query / "crosses").iterdir()))
 
 
 @pytest.mark.parametrize("spoil", [zero_bytes, truncated, oversized])
@@ -415,6 +452,8 @@ def test_divergence(capsys, network, support, out):
         ("--iterations", "-1"),
         ("--iterations", "1e3"),
         ("--threads", "0"),
+        ("--threads", "3000000000"),
+        ("--views", "99999999999999"),
         ("--seed", "-1"),
         ("--learning-rate", "0"),
         ("--learning-rate", "fast"),

@@ -78,6 +78,22 @@ def gradients(call, x, weight, rows, bias, grad=None, **settings):
     return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
 
 
+@pytest.mark.parametrize(("case", "axis"), AXES, ids=lambda v: getattr(v, "name", v))
+def test_channels_in_any_order(case, axis):
+    x, weight, _, bias, _ = draw(case, axis)
+    total = weight.shape[0 if axis == "out" else 1]
+    if case.depthwise:
+        total = case.out_channels
+    for count in (total, max(1, total // 2)):
+        channels = np.random.default_rng(5).permutation(total)[:count].tolist()
+        rows = weight.index_select(0 if axis == "out" else 1, torch.tensor(channels))
+        settings = options(case, "none", axis, channels)
+        found = gradients(sparse_conv2d, x, weight, rows, bias, **settings)
+        wanted = gradients(sparse_conv2d_reference, x, weight, rows, bias, **settings)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert (ours - theirs).abs().max() <= 1e-10 * max(1, theirs.abs().max())
+
+
 @pytest.mark.parametrize("activation", ["relu6"] if FEW else ["none", "relu", "relu6"])
 @pytest.mark.parametrize(("case", "axis"), AXES, ids=lambda v: getattr(v, "name", v))
 def test_values_and_gradients_equal_the_reference(case, activation, axis):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import pickle
 
 import numpy as np
 import pytest
@@ -465,8 +466,14 @@ def test_a_training_loop_of_the_whole_tail():
     np.testing.assert_array_equal(trained.weights[18][20:], network.weights[18][20:])
     again = nn.SparseBackbone(network, policy)
     again.load_state_dict(tail.state_dict())
+    for copied in (again, copy.deepcopy(tail), pickle.loads(pickle.dumps(tail))):
+        with torch.no_grad():
+            assert torch.equal(copied(torch.tensor(images)), features)
     with torch.no_grad():
-        assert torch.equal(again(torch.tensor(images)), features)
+        copied.selected += 1
+        assert torch.equal(tail(torch.tensor(images)), features)
+    with pytest.raises(TypeError, match=r"selected: expected torch\.float32, got torch\.float64"):
+        copied.double()(torch.tensor(images))
 
 
 @pytest.mark.parametrize("images", [1, 4])

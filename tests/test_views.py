@@ -74,6 +74,16 @@ def test_prefix_rejects_what_does_not_fit():
         one.prefix(IMAGES, out=read_only)
 
 
+def test_only_views_that_are_asked_for_are_drawn():
+    def drawn(count):
+        queries = PseudoQueries(
+            session(), IMAGES, np.random.default_rng(3), views=Views(count), iterations=2
+        )
+        return [queries.view(iteration)[1].parameters for iteration in range(2)]
+
+    assert np.array_equal(drawn(1 << 50), drawn(3))
+
+
 def test_a_cache_changes_nothing_but_the_work(tmp_path):
     one_view = IMAGES.shape[0] * int(np.prod(session().prefix_shape)) * 4
     cases = {

@@ -142,14 +142,10 @@ py::dict describe(const Plan& plan) {
   d["slots"] = slots;
   d["shared_bytes"] = plan.shared_bytes;
   d["workspace_bytes"] = plan.workspace_bytes;
-  d["embed_bytes"] = plan.embed.bytes;
-  d["train_bytes"] = plan.train.bytes;
   d["peak_bytes"] = plan.peak_bytes;
   d["threads"] = plan.threads;
   d["keep_images"] = plan.keep_images;
   d["recompute"] = plan.recompute;
-  d["thin_strips"] = plan.thin_strips;
-  d["gradient_count"] = plan.gradient_count;
   d["saved_bytes"] = plan.train.saved_bytes;
   d["first_tail_operation"] =
       plan.embed.tail < static_cast<int>(plan.embed.steps.size()) ? plan.embed.steps[plan.embed.tail].op : -1;

@@ -99,7 +99,7 @@ class PyConvolution {
   }
 
   // -> (S, C / groups, k, k) for axis out, (O, S, k, k) for axis in: summed over images. Where only the selected channels of x are
-  // read (depthwise, axis in), x may hold them alone: (N, H, W, S).
+  // read (depthwise, axis in) and are fewer, x may hold them alone: (N, H, W, S).
   Array<T> grad_weight(const Array<T>& grad_output, const Array<T>& x, const py::sequence& channels,
                        const std::string& axis) const {
     check(grad_output, "grad_output", -1, out_);
@@ -108,7 +108,7 @@ class PyConvolution {
     const bool columns = u.axis == Axis::kIn;
     const int64_t selected = static_cast<int64_t>(u.channels.size());
     Shape in_shape = in_;
-    const bool gathered = (columns || op.depthwise) && x.ndim() == 4 && x.shape(3) == selected;
+    const bool gathered = (columns || op.depthwise) && selected < in_.channels && x.ndim() == 4 && x.shape(3) == selected;
     if (gathered) in_shape.channels = static_cast<int>(selected);
     check(x, "x", grad_output.shape(0), in_shape);
     const std::vector<int64_t> shape = selected_shape(u);

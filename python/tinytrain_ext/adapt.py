@@ -135,6 +135,11 @@ def adapt(
         raise ValueError(f"iterations: expected at least 0, got {iterations}")
     if learning_rate is None:
         learning_rate = default_learning_rate(optimizer)
+    in_place = optimizer == "in_place_sgd"
+    if prototype_gradient and in_place:
+        raise ValueError("prototype_gradient: 'in_place_sgd' changes weights before they are known")
+    if in_place and threads > 1:
+        raise ValueError(f"threads: 'in_place_sgd' takes 1, got {threads}")
     if budget is None and policy is None:
         budget = Budget()
     memory_bytes = budget.memory_bytes if budget and budget.accounting == "planner" else None
@@ -176,11 +181,9 @@ def adapt(
         with _timed(timings, "selection"):  # lines 3 and 4
             policy = choose(fisher.information, budget=budget)
     elif budget is not None:
-        _check_compute(policy, costs, budget)
+        policy.check(network)
+        _check_compute(policy, costs, budget, optimizer)
 
-    in_place = optimizer == "in_place_sgd"
-    if prototype_gradient and in_place:
-        raise ValueError("prototype_gradient: 'in_place_sgd' changes weights before they are known")
     session = Session(
         network,
         policy,
@@ -376,7 +379,7 @@ def _checked_task(
     return names
 
 
-def _check_compute(policy: UpdatePolicy, costs: Profile, budget: Budget) -> None:
+def _check_compute(policy: UpdatePolicy, costs: Profile, budget: Budget, optimizer: str) -> None:
     """Holds a given policy to what the engine does not check: compute, and the paper's memory."""
     share = costs.compute_share(policy)
     if share > budget.compute:
@@ -384,7 +387,7 @@ def _check_compute(policy: UpdatePolicy, costs: Profile, budget: Budget) -> None
             f"policy: expected a compute share of at most {budget.compute}, got {share:.6g}",
             needed_compute=share,
         )
-    needed = costs.memory_bytes(policy)
+    needed = costs.memory_bytes(policy, optimizer)
     if budget.accounting == "paper" and needed > budget.memory_bytes:
         raise BudgetExceeded(
             f"policy: expected at most {budget.memory_bytes} bytes (paper accounting), "

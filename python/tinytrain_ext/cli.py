@@ -127,6 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(args, EXIT_UNEXPECTED, f"{error}{hint}")
     except ArithmeticError as error:
         return _fail(args, EXIT_UNEXPECTED, str(error))
+    except MemoryError as error:
+        return _fail(args, EXIT_UNEXPECTED, f"this machine has not the memory: {error}")
     except BrokenPipeError:
         # The reader of our output has gone; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -144,10 +146,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_adapt(args: argparse.Namespace) -> Document:
     """`tinytrain adapt`: adapts a network to a folder of labelled photos."""
     check_writable(args.out)
+    _check_cache(args)
     start = time.perf_counter()
     network = _network(args.network)
-    support = _photos(args.support, network, args, "support")
-    query = None if args.query is None else _photos(args.query, network, args, "query")
+    support = _photos(args.support, network, args, "support", least_classes=2)
+    query = (
+        None if args.query is None else _photos(args.query, network, args, "query", least_classes=1)
+    )
     if query is not None:
         query = _relabelled(query, support.classes)
     loaded = time.perf_counter() - start
@@ -158,10 +163,11 @@ def run_adapt(args: argparse.Namespace) -> Document:
 
 def run_demo(args: argparse.Namespace) -> Document:
     """`tinytrain demo`: adapts a network to a task that the program draws itself."""
-    if args.out is not None:
-        check_writable(args.out)
     if args.save_images is not None:
         args.save_images.mkdir(parents=True, exist_ok=True)
+    if args.out is not None:
+        check_writable(args.out)
+    _check_cache(args)
     start = time.perf_counter()
     network = _network(args.network)
     task = draw_task(network.input_size, seed=args.seed, progress=args.progress.phase("drawing"))
@@ -244,7 +250,7 @@ def run_profile(args: argparse.Namespace) -> Document:
 
 def run_import(args: argparse.Namespace) -> Document:
     """`tinytrain import`: turns an int8 release file into a network file."""
-    check_writable(args.out)
+    check_writable(args.out, args.file)
     network = import_int8(args.file)
     network.save(args.out)
     costs = profile(network)
@@ -262,7 +268,7 @@ def run_import(args: argparse.Namespace) -> Document:
 
 def run_export(args: argparse.Namespace) -> Document:
     """`tinytrain export`: writes a network for other runtimes, compared with one of them."""
-    check_writable(args.onnx)
+    check_writable(args.onnx, args.network)
     network = _network(args.network)
     try:
         model = to_onnx(network)
@@ -379,7 +385,7 @@ def run_bench(args: argparse.Namespace) -> Document:
     from .bench import suite
 
     if args.bench == "adapt" and args.power_csv is not None:
-        args.power_csv.stat()  # before the work: the meter must be recording already
+        suite.PowerLog.read(args.power_csv)  # before the work: the meter must be recording already
 
     def rows() -> list[suite.Row]:
         found: list[suite.Row] = []
@@ -554,7 +560,7 @@ def _network(path: Path | None) -> Network:
 
 
 def _photos(
-    directory: Path, network: Network, args: argparse.Namespace, what: str
+    directory: Path, network: Network, args: argparse.Namespace, what: str, least_classes: int
 ) -> LabelledImages:
     with _photo_hints():
         try:
@@ -562,6 +568,7 @@ def _photos(
                 directory,
                 resize=network.resize,
                 input_size=network.input_size,
+                least_classes=least_classes,
                 progress=args.progress.phase(what),
             )
         except ImageError:
@@ -576,6 +583,13 @@ def _photo_hints() -> Iterator[None]:
         yield
     except ImageError as error:
         raise InputError(f"{error}; replace or remove this file") from error
+
+
+def _check_cache(args: argparse.Namespace) -> None:
+    if args.cache_dir is not None and args.views is None:
+        raise InputError("--cache-dir: has no use without --views")
+    if args.cache_dir is not None and not args.cache_dir.is_dir():
+        raise InputError(f"--cache-dir: expected a folder, got {args.cache_dir}")
 
 
 def _budget(args: argparse.Namespace) -> Budget:
@@ -1096,10 +1110,12 @@ def _parse_size(text: str) -> int:
     return int(size)
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def _whole(least: int, most: int = (1 << 31) - 1) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not re.fullmatch(r"\d+", text, re.ASCII) or int(text) < least:
+        if not re.fullmatch(r"\d{1,12}", text, re.ASCII) or int(text) < least:
             raise argparse.ArgumentTypeError(f"expected a whole number from {least}, got {text!r}")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"expected at most {most}, got {text!r}")
         return int(text)
 
     return parse

@@ -82,10 +82,11 @@ def load_image(
 
     if not 1 <= input_size <= resize:
         raise ValueError(f"input_size: expected 1 to resize = {resize}, got {input_size}")
+    status = Path(path).stat()  # before it is opened: a pipe would wait for ever
+    regular, folder = stat.S_ISREG(status.st_mode), stat.S_ISDIR(status.st_mode)
+    if not (regular and status.st_size) and not folder:  # opening a folder says what it is
+        raise ImageError(f"{os.fspath(path)}: empty, or not a regular file")
     with Path(path).open("rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-            raise ImageError(f"{os.fspath(path)}: empty, or not a regular file")
         try:
             with warnings.catch_warnings():
                 # Pillow warns of damaged EXIF data, and of sizes for which we have our own cap.
@@ -126,20 +127,22 @@ def load_folder(
     *,
     resize: int = 146,
     input_size: int = 128,
+    least_classes: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> LabelledImages:
     """Reads a folder that holds one folder of photos for each class.
 
     Classes and photos come in the order of their names; names that begin with a dot are skipped.
-    Raises OSError when a folder cannot be read, ValueError naming the folder when there are not
-    at least two classes or one of them is empty, and ImageError naming any file that is no photo.
+    Raises OSError when a folder cannot be read, ValueError naming the folder when there are fewer
+    than `least_classes` or one is empty, and ImageError naming any file that is no photo.
     """
     root = Path(directory)
     entries = _visible(root)
     classes = [entry for entry in entries if entry.is_dir()]
-    if len(classes) < 2:
-        got = f"only {classes[0].name!r}" if classes else "none"
-        raise ValueError(f"{root}: expected one folder for each of at least two classes, got {got}")
+    if len(classes) < least_classes:
+        got = f"only {', '.join(repr(entry.name) for entry in classes)}" if classes else "none"
+        least = {1: "one class", 2: "two classes"}.get(least_classes, f"{least_classes} classes")
+        raise ValueError(f"{root}: expected one folder for each of at least {least}, got {got}")
     for entry in entries:
         if not entry.is_dir():
             logger.warning("%s: ignored, it is in no class folder", entry)

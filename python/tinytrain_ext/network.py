@@ -481,12 +481,17 @@ def read_tensors(
         raise ValueError(f"not a sound safetensors file: {error}") from error
 
 
-def check_writable(path: Path) -> None:
-    """Raises ValueError, before any work, when a file could not be written there."""
+def check_writable(path: Path, source: Path | None = None) -> None:
+    """Raises ValueError, before any work, when a file could not be written there.
+
+    source: a file that is read, and would be lost if it were the same.
+    """
     import tempfile  # here: only commands need it, and it loads much
 
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; give the name of a file")
+    if source is not None and path.exists() and source.exists() and path.samefile(source):
+        raise ValueError(f"{path}: is the file that is read; give another name")
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
@@ -547,10 +552,11 @@ def _operation_to_json(operation: Operation) -> dict[str, Any]:
 
 def _check_sizes(path: Path) -> None:
     """Refuses a file whose size or header length is absurd, before anything is mapped or parsed."""
+    mode = path.stat().st_mode  # before it is opened: a pipe would wait for ever
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder says what it is
+        raise ValueError("expected a regular file")
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("expected a regular file")
         if not 8 < status.st_size <= MAX_FILE_BYTES:
             raise ValueError(f"file size: expected 9 to {MAX_FILE_BYTES}, got {status.st_size}")
         header_bytes = int.from_bytes(file.read(8), "little")

@@ -83,7 +83,7 @@ class PseudoQueries:
         self._session, self._images, self._rng = session, images, rng
         self._iterations = iterations
         self._ahead: list[Augmentation] = []
-        self._fixed = self._draw(views.count) if views else []
+        self._fixed = self._draw(min(views.count, iterations)) if views else []
         self._cache: list[Prefix | None] = [None] * len(self._fixed)
         self._room: NDArray[Any] | None = None
         self.cached_bytes = 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import logging
 import math
 import statistics
 import tempfile
@@ -52,7 +53,10 @@ __all__ = [
     "table",
 ]
 
+logger = logging.getLogger(__name__)
+
 OURS = "tinytrain"
+METER_SECONDS = 10.0  # that a power meter may be late with its next line
 SECONDS_A_ROUND = 0.002  # of one row at least, so that the clock's step does not count
 ADAPT_ROWS = ("load", "fisher", "run", "total")
 ADAPT_WAYS, ADAPT_SHOTS = 5, 5
@@ -97,25 +101,26 @@ class PowerLog:
     def read(path: Path) -> PowerLog:
         """From a CSV file with a header that names the columns `seconds` and `watts`.
 
-        Raises ValueError, naming the line, for anything else.
+        A last line without its end is left out: the meter is writing it. Raises ValueError, naming
+        the line, for anything else.
         """
-        with path.open(newline="", encoding="utf-8") as lines:
-            table = csv.DictReader(lines)
-            if not {"seconds", "watts"} <= set(table.fieldnames or ()):
-                raise ValueError(f"{path}: expected a header with columns seconds and watts")
-            seconds: list[float] = []
-            watts: list[float] = []
-            for line in table:
-                try:
-                    at, power = float(line["seconds"]), float(line["watts"])
-                except (TypeError, ValueError):
-                    at = power = math.nan
-                if not (math.isfinite(at) and 0 <= power < math.inf):
-                    raise ValueError(f"{path}: line {table.line_num}: expected two numbers")
-                if seconds and at <= seconds[-1]:
-                    raise ValueError(f"{path}: line {table.line_num}: seconds must ascend")
-                seconds.append(at)
-                watts.append(power)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        table = csv.DictReader(line for line in lines if line.endswith("\n"))
+        if not {"seconds", "watts"} <= set(table.fieldnames or ()):
+            raise ValueError(f"{path}: expected a header with columns seconds and watts")
+        seconds: list[float] = []
+        watts: list[float] = []
+        for line in table:
+            try:
+                at, power = float(line["seconds"]), float(line["watts"])
+            except (TypeError, ValueError):
+                at = power = math.nan
+            if not (math.isfinite(at) and 0 <= power < math.inf):
+                raise ValueError(f"{path}: line {table.line_num}: expected two numbers")
+            if seconds and at <= seconds[-1]:
+                raise ValueError(f"{path}: line {table.line_num}: seconds must ascend")
+            seconds.append(at)
+            watts.append(power)
         if len(seconds) < 2:
             raise ValueError(f"{path}: expected at least two lines of numbers")
         return PowerLog(tuple(seconds), tuple(watts))
@@ -133,7 +138,8 @@ class PowerLog:
             )
         inside = [at for at in self.seconds if start < at < end]
         times = np.array([start, *inside, end])
-        return float(np.trapezoid(np.interp(times, self.seconds, self.watts), times))
+        watts = np.interp(times, self.seconds, self.watts)
+        return float(((watts[1:] + watts[:-1]) / 2 * np.diff(times)).sum())
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,13 @@ class Energy:
             return [{row: self.watts * float(getattr(t, row)) for row in ADAPT_ROWS} for t in times]
         if self.power_csv is None:
             return None
-        log = PowerLog.read(self.power_csv)
+        end = times[-1].started + times[-1].total
+        # The meter writes now and then: its next line may still be to come.
+        waited = time.monotonic() + METER_SECONDS
+        while (log := PowerLog.read(self.power_csv)).seconds[-1] < end:
+            if time.monotonic() > waited:
+                break  # `joules` says what is missing
+            time.sleep(0.1)
         found = []
         for t in times:
             starts = (t.started, t.started + t.load, t.started + t.load + t.fisher, t.started)
@@ -263,7 +275,11 @@ def adaptation(
             photos = Path(folder) / "photos" / "support"
             times.append(adapt_once(file, photos, iterations, threads))
             progress(f"adapt {network}", number + 1, rounds)
-    joules = energy.of(times)
+    try:
+        joules = energy.of(times)
+    except (OSError, ValueError) as error:
+        logger.warning("energy is left out: %s", error)  # the times are worth having
+        joules = None
     rows = []
     for method in ADAPT_ROWS:
         seconds = [float(getattr(t, method)) for t in times]

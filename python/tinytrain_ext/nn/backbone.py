@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -116,15 +117,17 @@ class SparseBackbone(nn.Module):
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
         self.policy = policy
-        # No optimiser of the engine's own: sgd needs no state.
-        self._session = Session(
+        self._dtype = dtype
+        self._open = partial(
+            Session,
             network,
             policy,
-            optimizer="sgd",
+            optimizer="sgd",  # not used, and needs no state
             max_ways=max_ways,
             threads=threads,
             dtype="float32" if dtype == torch.float32 else "float64",
         )
+        self._session = self._open()
         self._size = network.input_size
         parts = [
             _rows(self._session.layer(layer)[0], update) for layer, update in policy.layers.items()
@@ -134,6 +137,14 @@ class SparseBackbone(nn.Module):
         selected = np.concatenate([part.ravel() for part in parts])
         self.selected = nn.Parameter(torch.from_numpy(selected))
         self._seen: Seen | None = None  # `selected` as the engine has it
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the engine and its prototypes: a copy opens an engine of its own."""
+        return {**self.__dict__, "_session": None, "_seen": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._session = self._open()
 
     def rows(self, layer: int) -> Tensor:
         """The trained weights of a layer of the policy, (S, C / groups, K, K), or (O, S, K, K) for
@@ -205,6 +216,11 @@ class SparseBackbone(nn.Module):
 
     def _update_session(self) -> None:
         """Gives the engine the weights, if they have changed since."""
+        if self.selected.dtype != self._dtype:
+            raise TypeError(
+                f"selected: expected {self._dtype}, got {self.selected.dtype}; "
+                "dtype= chooses the type"
+            )
         if self._seen is None or not self._seen.same([self.selected]):
             self._session.set_selected(self.selected.detach().numpy())
             self._seen = Seen([self.selected])
