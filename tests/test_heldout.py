@@ -63,7 +63,12 @@ def test_less_memory_takes_more_passes_to_the_same_gains():
     with pytest.raises(BudgetExceeded) as error:
         gain(network, images, labels, memory_bytes=1)
     needed = error.value.needed_bytes
-    tight = gain(network, images, labels, memory_bytes=needed)
+    passes = []
+    tight = gain(
+        network, images, labels, memory_bytes=needed, progress=lambda *of: passes.append(of)
+    )
+    assert passes == [(done, len(passes) - 1) for done in range(len(passes))]
+    assert len(passes) - 1 > len(LAYERS)
     assert tight.arena_high_water <= tight.plan.peak_bytes < needed < free.plan.peak_bytes
     for layer in LAYERS:
         np.testing.assert_allclose(

@@ -162,7 +162,6 @@ def adapt(
             threads=threads,
             frozen_weights=frozen_weights,
         )
-        report("fisher", 0, 1)
         with _timed(timings, "fisher"):  # lines 1 and 2
             try:
                 fisher = inspect(
@@ -174,10 +173,10 @@ def adapt(
                     rng=rng,
                     threads=threads,
                     frozen_weights=frozen_weights,
+                    progress=partial(report, "fisher"),
                 )
             except BudgetExceeded as error:
                 raise _smallest(error, costs, budget, criterion, choose) from error
-        report("fisher", 1, 1)
         with _timed(timings, "selection"):  # lines 3 and 4
             policy = choose(fisher.information, budget=budget)
     elif budget is not None:
@@ -248,11 +247,13 @@ def inspect(
     layers: Iterable[int] | None = None,
     threads: int = 1,
     frozen_weights: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
 ) -> FisherPass:
     """What `select` wants to know of the support set by `criterion`: {layer: (O,)}, and its cost.
 
     criterion: "tinytrain", Fisher information (Eq. 2) of `inspected_layers`; "held_out", gains
-    (`held_out_gain`) of `reachable_layers`. layers: others than these; rng: for the augmentation.
+    (`held_out_gain`) of `reachable_layers`. layers: others than these; rng: for the augmentation;
+    progress: called with (passes done, passes).
     Raises BudgetExceeded when the budget's memory does not carry it, ValueError for another
     criterion.
     """
@@ -268,6 +269,7 @@ def inspect(
         threads=threads,
         memory_bytes=budget.memory_bytes if budget.accounting == "planner" else None,
         frozen_weights=frozen_weights,
+        progress=progress,
     )
 
 

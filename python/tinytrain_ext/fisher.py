@@ -10,7 +10,7 @@ prototypes of the un-augmented support set, which are constants to the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -77,10 +77,13 @@ def fisher_pass(
     threads: int = 1,
     memory_bytes: int | None = None,
     frozen_weights: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
 ) -> FisherPass:
-    """`fisher_information` with the plan and the memory it used."""
+    """`fisher_information` with the plan and the memory it used; progress: of its one pass."""
     from .session import Session
 
+    report = progress or (lambda done, total: None)
+    report(0, 1)
     ways = int(labels.max()) + 1
     session = Session(
         network,
@@ -94,6 +97,7 @@ def fisher_pass(
     augmentation = draw_augmentation(len(images), network.input_size, rng)
     session.proto_backward(images, labels, augmentation, scale=network.logit_scale, loss_weight=1.0)
     sums = session.fisher()
+    report(1, 1)
     return FisherPass(
         information={
             layer: sums[layer].astype(np.float64) / (2 * len(images)) for layer in sorted(sums)

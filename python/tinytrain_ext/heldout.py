@@ -15,7 +15,7 @@ Photos pass one at a time; sums are kept for as many layers at once as the memor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,12 +61,14 @@ def held_out_gain(
     threads: int = 1,
     memory_bytes: int | None = None,
     frozen_weights: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
 ) -> FisherPass:
     """The gain of training each output channel of `layers`: {layer: (O,)} and what it took.
 
     images: (N, H, W, 3) uint8, the support set; labels: (N,) int64 in 0..ways-1, every class at
     least once; rng: for one augmented view of each photo; memory_bytes: hard limit, of the arena
-    and of the sums beside it.
+    and of the sums beside it: the tighter, the more passes; progress: called with (passes done,
+    passes).
     Raises BudgetExceeded naming the smallest limit that would do.
     """
     from .session import Session  # here, so that importing the package does not load the engine
@@ -82,7 +84,10 @@ def held_out_gain(
     augmentation = draw_augmentation(len(images), network.input_size, rng)
     gains = {layer: np.zeros(costs.layers[layer].out_channels) for layer in layers}
     plans, high_water = [], 0
-    for policy in _parts(network, costs, layers, memory_bytes, options):
+    parts = _parts(network, costs, layers, memory_bytes, options)
+    report = progress or (lambda done, total: None)
+    for number, policy in enumerate(parts):
+        report(number, len(parts))
         room = None if memory_bytes is None else memory_bytes - _sum_bytes(costs, policy)
         session = Session(network, policy, memory_bytes=room, threads=threads, **options)
         session.set_prototypes(images, labels, ways)
@@ -115,6 +120,7 @@ def held_out_gain(
             gains[layer][list(update.channels)] = values
         plans.append(session.plan)
         high_water = max(high_water, session.arena_high_water())
+    report(len(parts), len(parts))
     return FisherPass(gains, max(plans, key=lambda of: of.peak_bytes), high_water)
 
 
