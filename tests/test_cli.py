@@ -232,7 +232,7 @@ def test_an_interruption_while_loading_is_no_traceback():
         "import sys, builtins, tinytrain_ext.__main__ as entry\n"
         "def interrupted(*_, **__): raise KeyboardInterrupt\n"
         "builtins.__import__ = interrupted\n"
-        "code = entry.main(); sys.stderr.flush(); import_ = None; raise SystemExit(code)"
+        "sys.exit(entry.main())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "tinytrain: interrupted\n")
