@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .errors import ImageError
+from .network import open_at_once
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -82,11 +83,10 @@ def load_image(
 
     if not 1 <= input_size <= resize:
         raise ValueError(f"input_size: expected 1 to resize = {resize}, got {input_size}")
-    status = Path(path).stat()  # before it is opened: a pipe would wait for ever
-    regular, folder = stat.S_ISREG(status.st_mode), stat.S_ISDIR(status.st_mode)
-    if not (regular and status.st_size) and not folder:  # opening a folder says what it is
-        raise ImageError(f"{os.fspath(path)}: empty, or not a regular file")
-    with Path(path).open("rb") as file:
+    with open_at_once(path) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+            raise ImageError(f"{os.fspath(path)}: empty, or not a regular file")
         try:
             with warnings.catch_warnings():
                 # Pillow warns of damaged EXIF data, and of sizes for which we have our own cap.

@@ -12,6 +12,7 @@ import io
 import math
 import os
 import pickle
+import stat
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .architectures import architecture_of, random_weights
-from .network import Network, Operation
+from .network import Network, Operation, open_at_once
 
 __all__ = ["import_int8"]
 
@@ -126,18 +127,23 @@ def import_int8(
 
 
 def _read_pickle(path: Path) -> Any:
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise ValueError(f"file size: expected at most {MAX_FILE_BYTES} bytes, got {size}")
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(MEMBER) as member:
-            # The size a zip declares may be a lie, so the cap is put on what is read.
-            data = member.read(MAX_PICKLE_BYTES + 1)
-    except OSError:
-        raise
-    # Damage shows as BadZipFile, KeyError, zlib.error, NotImplementedError, RuntimeError, EOFError.
-    except Exception as error:
-        raise ValueError(f"not a sound zip holding {MEMBER}: {error}") from error
+    with open_at_once(path) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("expected a regular file")
+        size = status.st_size
+        if size > MAX_FILE_BYTES:
+            raise ValueError(f"file size: expected at most {MAX_FILE_BYTES} bytes, got {size}")
+        try:
+            with zipfile.ZipFile(file) as archive, archive.open(MEMBER) as member:
+                # The size a zip declares may be a lie, so the cap is put on what is read.
+                data = member.read(MAX_PICKLE_BYTES + 1)
+        except OSError:
+            raise
+        # Damage shows as BadZipFile, KeyError, zlib.error, NotImplementedError, RuntimeError,
+        # EOFError.
+        except Exception as error:
+            raise ValueError(f"not a sound zip holding {MEMBER}: {error}") from error
     if len(data) > MAX_PICKLE_BYTES:
         raise ValueError(f"{MEMBER}: expected at most {MAX_PICKLE_BYTES} bytes")
     try:

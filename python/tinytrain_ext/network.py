@@ -22,7 +22,7 @@ import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,7 @@ __all__ = [
     "check_writable",
     "default_network",
     "digest_of",
+    "open_at_once",
     "read_tensors",
     "write_atomically",
 ]
@@ -461,6 +462,11 @@ def digest_of(arrays: Iterable[NDArray[Any]]) -> str:
     return sums.hexdigest()[:16]
 
 
+def open_at_once(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file to read, a named pipe too, which otherwise waits for somebody to write to it."""
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
 def read_tensors(
     path: Path, expected: Callable[[Mapping[str, str]], Mapping[str, tuple[int, ...]]]
 ) -> dict[str, NDArray[np.float32]]:
@@ -552,11 +558,10 @@ def _operation_to_json(operation: Operation) -> dict[str, Any]:
 
 def _check_sizes(path: Path) -> None:
     """Refuses a file whose size or header length is absurd, before anything is mapped or parsed."""
-    mode = path.stat().st_mode  # before it is opened: a pipe would wait for ever
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder says what it is
-        raise ValueError("expected a regular file")
-    with path.open("rb") as file:
+    with open_at_once(path) as file:
         status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("expected a regular file")
         if not 8 < status.st_size <= MAX_FILE_BYTES:
             raise ValueError(f"file size: expected 9 to {MAX_FILE_BYTES}, got {status.st_size}")
         header_bytes = int.from_bytes(file.read(8), "little")
