@@ -464,8 +464,6 @@ def evaluate(
         for method in methods:
             _check_method(method, name, network, threads)
     meta_trained = _meta_trained_modules(networks, methods, modules or {})
-    if modules and not meta_trained:
-        raise ValueError("modules: have no use but for a method with meta_trained=1")
     report = progress or (lambda phase, done, total: None)
     digests = {name: network.digest for name, network in networks.items()}
     beside = {name: digest_of(arrays.values()) for name, arrays in meta_trained.items()}
@@ -570,21 +568,21 @@ def _check_method(method: Method, name: str, network: Network, threads: int) -> 
 def _meta_trained_modules(
     networks: Mapping[str, Network], methods: Sequence[Method], files: Mapping[str, Path]
 ) -> dict[str, Modules]:
-    """The modules of every network, where a method is to begin with them."""
-    found: dict[str, Modules] = {}
-    for method in methods:
-        if not method.options.get("meta_trained"):
-            continue
-        from .offline.tinytl import load_modules
+    """The modules of every network, where a method is to begin with them; none without one."""
+    method = next((method for method in methods if method.options.get("meta_trained")), None)
+    if method is None:
+        if files:
+            raise ValueError("modules: have no use but for a method with meta_trained=1")
+        return {}
+    missing = [name for name in networks if name not in files]
+    if missing:
+        raise ValueError(
+            f"method {method.name!r}: meta_trained: no modules of network {missing[0]!r}; "
+            "`tinytrain meta-train --tinytl` makes them, --tinytl-modules takes them"
+        )
+    from .offline.tinytl import load_modules
 
-        for name, network in networks.items():
-            if name not in files:
-                raise ValueError(
-                    f"method {method.name!r}: meta_trained: no modules of network {name!r}; "
-                    "`tinytrain meta-train --tinytl` makes them, --tinytl-modules takes them"
-                )
-            found[name] = load_modules(files[name], network)
-    return found
+    return {name: load_modules(files[name], network) for name, network in networks.items()}
 
 
 def run_task(
