@@ -921,7 +921,9 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="train every method on a fixed set of N views of each image, as `adapt --views` does "
         "(default: fresh views for every iteration)",
     )
-    parser.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="default: 0")
+    parser.add_argument(
+        "--seed", type=_whole(0, math.inf), default=0, metavar="N", help="default: 0"
+    )
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="decoded images (default: ~/.cache/tinytrain_ext)"
     )
@@ -1056,7 +1058,9 @@ def _add_adaptation_arguments(parser: argparse.ArgumentParser) -> None:
         help="int8: keep what is not trained as bytes; slower, exact for imported networks "
         "(default: float32)",
     )
-    parser.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="default: 0")
+    parser.add_argument(
+        "--seed", type=_whole(0, math.inf), default=0, metavar="N", help="default: 0"
+    )
 
 
 def _add_budget_arguments(parser: argparse.ArgumentParser) -> None:
@@ -1110,9 +1114,11 @@ def _parse_size(text: str) -> int:
     return int(size)
 
 
-def _whole(least: int, most: int = (1 << 31) - 1) -> Callable[[str], int]:
+def _whole(least: int, most: float = (1 << 31) - 1) -> Callable[[str], int]:
+    """Reads a count; a seed may have any size."""
+
     def parse(text: str) -> int:
-        if not re.fullmatch(r"\d{1,12}", text, re.ASCII) or int(text) < least:
+        if not re.fullmatch(r"\d+", text, re.ASCII) or int(text) < least:
             raise argparse.ArgumentTypeError(f"expected a whole number from {least}, got {text!r}")
         if int(text) > most:
             raise argparse.ArgumentTypeError(f"expected at most {most}, got {text!r}")
